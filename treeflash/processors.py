@@ -23,10 +23,10 @@ def usable_processors() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def quota(processors: int) -> int:
+def quota(processors: int, file: Path = QUOTA) -> int:
     """Return the whole processors that a container's limit leaves of some; all without a limit."""
     try:
-        allowed, period = QUOTA.read_text(encoding="ascii").split()
+        allowed, period = file.read_text(encoding="ascii").split()
         return max(min(processors, math.ceil(int(allowed) / int(period))), 1)
     except (OSError, ValueError):  # no control group, or no limit
         return processors

@@ -21,6 +21,14 @@ def target(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """The folders of a tiny Qwen3 and a drafter for it, which tests only read."""
+    from treeflash.testing.models import write_pair
+
+    return write_pair(tmp_path_factory.mktemp("pair"), "qwen3", vocab_size=40)
+
+
 @pytest.fixture(scope="module")
 def own_cache(kept_folder):
     """Keep code that tests compile, and the models that they convert, out of the user's cache."""

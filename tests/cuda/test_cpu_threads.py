@@ -33,7 +33,8 @@ def folders(tmp_path):
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    """A process that has chosen no threads; the number of threads is given back afterwards."""
+    """A process on three processors that has chosen no threads; they are given back afterwards."""
+    monkeypatch.setattr("treeflash.config.most_threads", lambda: 3)
     before = torch.get_num_threads()
     for variable in threads.VARIABLES:
         monkeypatch.delenv(variable, raising=False)
@@ -101,8 +102,7 @@ def test_exact_logits_are_bitwise_equal_for_every_number_of_threads(folders):
     assert logits(1).tobytes() == logits(2).tobytes() == logits(3).tobytes()
 
 
-def test_a_chosen_number_stays(folders, monkeypatch):
-    monkeypatch.setattr("treeflash.config.most_threads", lambda: 3)
+def test_a_chosen_number_stays(folders):
     backend = load(*folders, LoadConfig(device="cpu", threads=3))
     with SequenceSession(backend) as sequence:
         sequence.extend(PROMPT)
@@ -114,10 +114,9 @@ def test_a_chosen_number_stays(folders, monkeypatch):
 
 @pytest.mark.parametrize(("draft_bits", "expected"), [(None, 1), (16, 3)])
 def test_compiled_functions_alone_share_work_if_they_compute_all_products(
-    folders, monkeypatch, draft_bits, expected
+    folders, draft_bits, expected
 ):
     require("llvmlite")
-    monkeypatch.setattr("treeflash.config.most_threads", lambda: 3)
     config = LoadConfig(device="cpu", threads=3, bits=8, draft_bits=draft_bits)
     backend = load(*folders, config)
     generate(backend, PROMPT, DecodeConfig(method="treeflash", budget=8, max_tokens=4))
@@ -136,8 +135,7 @@ def test_a_variable_of_the_environment_is_a_choice(monkeypatch, variable):
     assert threads.Threads().policy is None
 
 
-def test_more_threads_than_processors_are_refused_before_anything_is_loaded(monkeypatch, capsys):
-    monkeypatch.setattr("treeflash.config.most_threads", lambda: 3)
+def test_more_threads_than_processors_are_refused_before_anything_is_loaded(capsys):
     assert main(["generate", "--threads", "1000", "--target", "no such folder", "hi"]) == 2
     assert capsys.readouterr().err == (
         "error: threads must be at most 3, the processors that this process may use, got 1000\n"
@@ -145,12 +143,12 @@ def test_more_threads_than_processors_are_refused_before_anything_is_loaded(monk
     assert LoadConfig(threads=3).threads == 3
 
 
-def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr("treeflash.processors.QUOTA", tmp_path / "cpu.max")
-    assert quota(8) == 8
+def test_the_limit_of_a_container_counts(tmp_path):
+    file = tmp_path / "cpu.max"
+    assert quota(8, file) == 8
     for text, expected in [("max 100000", 8), ("150000 100000", 2), ("1000 100000", 1)]:
-        (tmp_path / "cpu.max").write_text(text + "\n", encoding="ascii")
-        assert quota(8) == expected
+        file.write_text(text + "\n", encoding="ascii")
+        assert quota(8, file) == expected
 
 
 def test_a_busy_program_is_seen():

@@ -27,11 +27,6 @@ from treeflash_cuda.device import (
 pytestmark = pytest.mark.sample(1)
 
 
-@pytest.fixture
-def folders(tmp_path):
-    return write_pair(tmp_path, "qwen3", vocab_size=40)
-
-
 def test_a_gpus_allocator_joins_free_memory_where_it_can(monkeypatch):
     """Not where a user has other settings, or CUDA runs already."""
     found, on, off = [], "expandable_segments:True", "expandable_segments:False"

@@ -1,18 +1,13 @@
 """What an iteration costs on a device, counted: graphs, allocations, and operations."""
 
-import itertools
-
 import numpy as np
 import pytest
-from parts import load_with_parts
 
-from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding.adaptive_budget import AdaptiveBudget
+from treeflash.config import LoadConfig
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import HYBRID_FAMILIES, require
-from treeflash.testing.comparisons import random_tokens, steps_of
 from treeflash.testing.models import write_pair
 
 require("torch")
@@ -44,41 +39,6 @@ def launches(module):
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     return write_pair(folder, "qwen3", vocab_size=VOCAB)
-
-
-# Sixty-four budgets; `test_graphs.py` shows which sizes share graphs.
-@pytest.mark.nightly
-def test_adaptive_budgets_need_few_graphs(tmp_path, monkeypatch):
-    """Trees of all sizes, with tables of all sizes, share graphs."""
-    target, drafter = write_pair(
-        tmp_path,
-        "qwen3",
-        drafter={"layers": 1, "target_layer_ids": (0, 1)},
-        vocab_size=VOCAB,
-        layers=2,
-    )
-    backend = load_with_parts(monkeypatch, target, drafter)
-    rng, steps = np.random.default_rng(0), 0
-    for budget in range(1, 65):  # an adaptive budget may choose any of these
-        config = DecodeConfig(budget=budget, max_tokens=6, suffix=False)
-        steps += len(steps_of(backend, random_tokens(rng, VOCAB, 8), config))
-    assert steps >= 250
-    assert len(backend.target.graphs.keys) <= 20
-
-
-# Two seconds; `test_graphs.py` shows what is captured.
-@pytest.mark.nightly
-def test_iterations_that_capture_a_graph_are_not_measured(pair, monkeypatch):
-    seen, captures = [], itertools.count()
-    monkeypatch.setattr(AdaptiveBudget, "observe", lambda *_, **__: seen.append(1))
-    backend = load_with_parts(monkeypatch, *pair)
-    config = DecodeConfig(budget="auto", max_tokens=6)
-    steps_of(backend, [3, 4, 5], config)
-    assert seen
-    seen.clear()
-    monkeypatch.setattr(type(backend), "captures", property(lambda _: next(captures)))
-    steps_of(backend, [3, 4, 5], config)
-    assert not seen
 
 
 @pytest.mark.parametrize("sequences", [8, 32])

@@ -13,7 +13,7 @@ from treeflash.decoding.interfaces import Prefill, Verify, device_report
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
-from treeflash.testing.models import write_pair, write_target
+from treeflash.testing.models import write_target
 
 require("torch")
 
@@ -26,11 +26,6 @@ from treeflash_cuda.hf import attention_contexts
 from treeflash_cuda.operations import CHECKS, Operations
 
 GIB = 1 << 30
-
-
-@pytest.fixture
-def folders(tmp_path):
-    return write_pair(tmp_path, "qwen3", vocab_size=40)
 
 
 def test_a_processor_reports_what_runs_on_it(folders):

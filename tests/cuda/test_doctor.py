@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from byte_tokens import save_tokenizer
+from recordings import recording
 
 from treeflash.commands.doctor import PROMPTS, main
 from treeflash.config import DecodeConfig, LoadConfig
@@ -83,127 +84,58 @@ def trained(target, tokenizer, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def drafter(trained, tmp_path):
-    """A copy of it to break."""
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((trained / name).read_bytes())
-    return tmp_path
-
-
-@pytest.fixture
-def diagnosis(target, tokenizer, drafter):
-    """Examine the pair, each time with the drafter that `wrap` makes of the loaded one."""
-
-    def run(prompting=Prompting(), wrap=lambda drafter: drafter, count=3):  # noqa: B008
-        def load(folder):
-            backend = load_cuda(target, folder, CPU)
-            backend.drafter = wrap(backend.drafter)
-            return backend
-
-        return diagnose(
-            load, drafter, tokenizer, questions(count, seed=1), prompting=prompting, max_tokens=24
-        )
-
-    return run
+def broken(drafter, folder, **settings):
+    """A copy of a drafter with other settings."""
+    for file in drafter.iterdir():
+        if file.is_file():
+            (folder / file.name).write_bytes(file.read_bytes())
+    edit_config(folder, lambda config: config["dflash_config"].update(settings))
+    return folder
 
 
 def problems(diagnosis):
     return {finding.check: finding.message for finding in diagnosis.findings if not finding.ok}
 
 
-# `test_command_line` examines the same pair.
+# The checks are tested in `tests/core/diagnosis`, and the drafter takes ten seconds to train.
 @pytest.mark.nightly
-def test_a_sound_pair(diagnosis):
-    found = diagnosis(count=6)
-    assert problems(found) == {}
-    assert found.marginal[0] > 0.5
-    assert all(c > m for c, m in zip(found.corrected, found.marginal, strict=True))
-
-
-# Likewise; and the drafter takes ten seconds to train.
-@pytest.mark.nightly
-def test_layers_off_by_one(diagnosis, drafter):
-    edit_config(drafter, lambda config: config["dflash_config"].update(target_layer_ids=[2, 4]))
-    found = problems(diagnosis())
-    assert found.keys() == {"target layers"}
-    assert found["target layers"].startswith("target_layer_ids [1, 3]: the target's tokens are")
-
-
-# Likewise.
-@pytest.mark.nightly
-def test_mask_token(diagnosis, drafter):
-    edit_config(drafter, lambda config: config["dflash_config"].update(mask_token_id=0))
-    found = problems(diagnosis())
-    assert found.keys() == {"mask token"}
-    assert found["mask token"].startswith("mask_token_id 2 (<|stop|>): the target's tokens are")
-
-
-# The checks themselves are tested in `tests/core/diagnosis`.
-@pytest.mark.nightly
-def test_chat_template(diagnosis):
-    found = problems(diagnosis(Prompting(raw=True)))
-    assert found["prompting"].startswith("with the chat template, thinking")
-
-
-class Wrapped:
-    """A drafter whose log probabilities are changed."""
-
-    def __init__(self, drafter):
-        self.drafter = drafter
-
-    def draft(self, roots, depths=None):
-        return self.drafter.draft(roots, depths)
-
-    def marginals(self, blocks, options):
-        return self.drafter.marginals(blocks, options)
-
-    def log_probs(self, block):
-        return self.change(self.drafter.log_probs(block))
-
-
-class Late(Wrapped):
-    """Row i is what row i - 1 should be, as where a block is taken to predict the next token."""
-
-    def change(self, rows):
-        return np.roll(rows, 1, axis=0)
-
-
-class Collapsing(Wrapped):
-    """From depth 4 on, the rows are of other tokens."""
-
-    def change(self, rows):
-        return np.concatenate([rows[:3], np.roll(rows[3:], 7, axis=1)])
-
-
-# Likewise.
-@pytest.mark.nightly
-def test_block_offset(diagnosis):
-    found = problems(diagnosis(wrap=Late))
-    assert "row i of the block taken for depth i - 1" in found["block offset"]
-
-
-# Likewise.
-@pytest.mark.nightly
-def test_depths_that_collapse(diagnosis):
-    found = problems(diagnosis(wrap=Collapsing))
-    assert found.keys() == {"depths"}
-    assert "at depth 4; if the drafter was trained with block_size 4" in found["depths"]
+@pytest.mark.parametrize(
+    ("settings", "check", "message"),
+    [
+        ({}, None, None),
+        ({"target_layer_ids": [2, 4]}, "target layers", "target_layer_ids [1, 3]: the target's"),
+        ({"mask_token_id": 0}, "mask token", "mask_token_id 2 (<|stop|>): the target's tokens"),
+    ],
+)
+def test_a_trained_drafter(target, tokenizer, trained, tmp_path, settings, check, message):
+    """Is found sound; and what is wrong with it otherwise."""
+    drafter = broken(trained, tmp_path, **settings)
+    asked = questions(6, seed=1)
+    found = diagnose(
+        lambda folder: load_cuda(target, folder, CPU),
+        *(drafter, tokenizer, asked),
+        prompting=Prompting(),
+        max_tokens=24,
+    )
+    if check is None:
+        assert problems(found) == {}
+        assert found.marginal[0] > 0.5
+        assert all(c > m for c, m in zip(found.corrected, found.marginal, strict=True))
+    else:
+        assert problems(found).keys() == {check}
+        assert problems(found)[check].startswith(message)
 
 
 # `test_hybrid_commands.py` runs the command, and `tests/core/test_doctor.py` looks at its lines.
 @pytest.mark.nightly
-def test_command_line(target, trained, tmp_path, capsys, monkeypatch):
+def test_command_line(target, trained, tmp_path, capsys):
     """The target is loaded once, with other drafters later."""
-    loads, read = [], loading.load_target
-    monkeypatch.setattr(
-        loading, "load_target", lambda *args, **more: loads.append(args) or read(*args, **more)
-    )
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"id": n, "messages": messages} for n, messages in enumerate(questions(4, seed=2))]
     prompts.write_text("\n".join(map(json.dumps, rows)))
     options = ["--backend", "cuda", "--device", "cpu", "--prompts", str(prompts)]
-    code = main([*options, "--target", str(target), "--drafter", str(trained)])
+    with recording(loading, "load_target") as loads:
+        code = main([*options, "--target", str(target), "--drafter", str(trained)])
     lines = capsys.readouterr().out.splitlines()
     assert code == 0
     assert len(loads) == 1
@@ -212,44 +144,24 @@ def test_command_line(target, trained, tmp_path, capsys, monkeypatch):
     assert lines[-1].startswith("can draft, best first: ")
 
 
-@pytest.fixture(scope="module")
-def default_target(smollm2):
-    return load_target(smollm2, LoadConfig(device="cpu", dtype="float32"), pack=True)
-
-
-@pytest.fixture
-def default_drafter(tmp_path):
-    """A copy of the drafter of the default target to break."""
-    for file in resolve_drafter(None, None).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
-
-
-@pytest.fixture
-def default_problems(default_target, default_drafter, smollm2):
-    """Examine the default pair: problems by check. The target is loaded once."""
+# The tiny pair passes the same checks.
+@pytest.mark.nightly
+@pytest.mark.parametrize("settings", [{}, {"mask_token_id": 500}])
+def test_the_default_pair(smollm2, tmp_path, settings):
+    """Is found sound, and a word in the place of the mask token is not."""
+    default_target = load_target(smollm2, CPU, pack=True)
 
     def load(folder):
         drafter, head = read_drafter(folder, default_target)
         default_target.capture(drafter.config.target_layer_ids)
         return CudaBackend(default_target, drafter, head)
 
-    tokenizer = Tokenizer.from_folder(smollm2)
+    drafter = broken(resolve_drafter(None, None), tmp_path, **settings)
     prompts = [[{"role": "user", "content": text}] for text in PROMPTS[1:2]]
-    return lambda: problems(
-        diagnose(load, default_drafter, tokenizer, prompts, prompting=Prompting(), max_tokens=16)
-    )
-
-
-# The tiny pair passes the same checks.
-@pytest.mark.nightly
-def test_the_default_pair(default_problems):
-    assert default_problems() == {}
-
-
-@pytest.mark.nightly
-def test_the_default_pair_with_a_word_as_mask_token(default_problems, default_drafter):
-    edit_config(default_drafter, lambda config: config["dflash_config"].update(mask_token_id=500))
-    found = default_problems()
-    assert found["mask token"].startswith("mask_token_id ")
-    assert found.keys() <= {"mask token", "depths"}
+    given = drafter, Tokenizer.from_folder(smollm2), prompts
+    found = problems(diagnose(load, *given, prompting=Prompting(), max_tokens=16))
+    if settings:
+        assert found["mask token"].startswith("mask_token_id ")
+        assert found.keys() <= {"mask token", "depths"}
+    else:
+        assert found == {}

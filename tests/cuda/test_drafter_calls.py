@@ -1,11 +1,12 @@
 """The layers of a drafter in one call."""
 
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from faulty_kernels import faulty
+from recordings import recording
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.session import SequenceSession
@@ -56,11 +57,17 @@ def drafts_of(backend):
     return found
 
 
-def changed(backend, monkeypatch, kind):
-    """Let the layers of the drafter be of a kind; returns its model."""
+@contextmanager
+def drafting(backend, kind, calls=lambda model, dtype: None):
+    """Let layers of a kind run as these calls; without them as modules."""
     model = backend.drafter_model
-    monkeypatch.setattr(model, "config", replace(model.config, **KINDS[kind]))
-    return model
+    before = model.config, model.calls
+    model.config = replace(model.config, **KINDS[kind])
+    model.calls = calls(model, torch.float32)
+    try:
+        yield
+    finally:
+        model.config, model.calls = before
 
 
 def near(actual, expected):
@@ -69,18 +76,21 @@ def near(actual, expected):
     return all((x - y).abs().max() <= TOLERANCE * y.abs().max() for x, y in pairs)
 
 
+@pytest.fixture(scope="module")
+def expected(backend):
+    """What modules give for each kind of layers."""
+    found = {}
+    for kind in KINDS:
+        with drafting(backend, kind):
+            found[kind] = drafts_of(backend)
+    return found
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_they_give_what_modules_give(backend, monkeypatch, kind):
-    model = changed(backend, monkeypatch, kind)
-    calls = BlockCalls.of(model, torch.float32)
-    runs, run = [], calls.run
-    monkeypatch.setattr(calls, "run", lambda *given: runs.append(given) or run(*given))
-    monkeypatch.setattr(model, "calls", calls)
-    actual = drafts_of(backend)
+def test_they_give_what_modules_give(backend, expected, kind):
+    with drafting(backend, kind, BlockCalls.of), recording(BlockCalls, "run") as runs:
+        assert near(drafts_of(backend), expected[kind])
     assert len(runs) == 4
-    monkeypatch.setattr(model, "calls", None)
-    expected = drafts_of(backend)
-    assert near(actual, expected)
 
 
 FAULTS = {
@@ -108,37 +118,22 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def expected(backend):
-    """What modules give for each kind of layers."""
-    with pytest.MonkeyPatch.context() as patch:
-        found = {}
-        for kind in KINDS:
-            model = changed(backend, patch, kind)
-            patch.setattr(model, "calls", None)
-            found[kind] = drafts_of(backend)
-        return found
-
-
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_noticed(tmp_path, backend, expected, monkeypatch, fault):
+def test_faults_are_noticed(tmp_path, backend, expected, fault):
     broken = faulty(drafter_calls, tmp_path, *FAULTS[fault])
 
     def is_right(kind):
-        model = changed(backend, monkeypatch, kind)
-        monkeypatch.setattr(model, "calls", broken.BlockCalls.of(model, torch.float32))
-        return near(drafts_of(backend), expected[kind])
+        with drafting(backend, kind, broken.BlockCalls.of):
+            return near(drafts_of(backend), expected[kind])
 
     assert all(map(is_right, KINDS)) == (fault == "none")
 
 
 def test_modules_run_where_blocks_do_not_see_some_positions(backend, monkeypatch):
     """The last draft's sequence is too short for a gap between its first positions and a window."""
-    calls = backend.drafter_model.calls
-    runs, run = [], calls.run
-    monkeypatch.setattr(calls, "run", lambda *given: runs.append(given) or run(*given))
     monkeypatch.setattr(backend.drafter, "window", 4)
-    drafts_of(backend)
+    with recording(BlockCalls, "run") as runs:
+        drafts_of(backend)
     assert len(runs) == 1
 
 

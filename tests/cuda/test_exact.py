@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from failures import failing
 from parts import use_models
+from stand_ins import stand_in
 
 from treeflash.config import LoadConfig
+from treeflash.decoding import probe
 from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
@@ -25,9 +28,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
-from treeflash_cuda import exact, exact_attention, linear
-from treeflash_cuda.backend import load
-from treeflash_cuda.cpu import decoder_attention
+from treeflash_cuda import exact, exact_attention, linear, target_loading
+from treeflash_cuda.backend import CudaBackend, load
+from treeflash_cuda.cpu import decoder_attention, decoder_target
 from treeflash_cuda.operations import Operations
 
 VOCAB_SIZE = 24
@@ -129,10 +132,9 @@ def test_a_product_of_more_rows_than_have_the_same_bits_is_split(limit, most):
 def test_rows_are_padded_to_a_multiple_where_others_have_other_bits(monkeypatch):
     """As with FBGEMM on a processor with AVX2 alone."""
     model = nn.Sequential(Spoilt(lambda rows: rows % 3))
-    monkeypatch.setattr(exact, "uses_fbgemm", lambda _: True)
     with torch.inference_mode():
         for alone in (False, True):
-            monkeypatch.setattr(exact, "HAS_AVX2_ALONE", alone)
+            stand_in(monkeypatch, exact, uses_fbgemm=lambda _: True, HAS_AVX2_ALONE=alone)
             with nullcontext() if alone else pytest.raises(UnsupportedModelError, match="depend"):
                 bind(model)
         exact.check_products(model, torch.bfloat16)
@@ -198,11 +200,11 @@ def test_products_with_one_row_fail_the_check(tmp_path, monkeypatch):
     def with_one_row(self, x):
         return self.product(x) * (1 + 2.0**-6 * (x.shape[-2] == 1))
 
-    monkeypatch.setattr(exact._BoundedProduct, "__call__", with_one_row)
+    stand_in(monkeypatch, exact._BoundedProduct, __call__=with_one_row)
     with pytest.raises(UnsupportedModelError, match=r"products of .* weights depend"):
         load_exact(write(tmp_path))
-    monkeypatch.setattr(exact, "_equal_rows", lambda *_: 64)
-    monkeypatch.setattr("treeflash_cuda.cpu.decoder_target.token_rows", lambda *_: 1)
+    stand_in(monkeypatch, exact, _equal_rows=lambda *_: 64)
+    stand_in(monkeypatch, decoder_target, token_rows=lambda *_: 1)
     with pytest.raises(UnsupportedModelError, match="a prompt in other chunks changes its logits"):
         load_exact(tmp_path)
 
@@ -237,39 +239,20 @@ def test_gelu_is_exact(tmp_path):
     assert load_exact(write(tmp_path, hidden_act="gelu")).inexact is None
 
 
-def test_other_operations_compute_each_row_independently():
-    """Norms, rotary angles and the parts of SiLU."""
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 64, 576, generator=random)
-    norm = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-    angles = torch.arange(64)[:, None] * torch.rand(32, generator=random)
-    for n in (1, 2, 3, 7, 33):
-        part = x[:, :n]
-        assert torch.equal(torch.rsqrt(part.square().mean(-1, keepdim=True) + 1e-6), norm[:, :n])
-        assert torch.equal(angles[:n].clone().cos(), angles.cos()[:n])
-        assert torch.equal(part.clone().neg().exp(), x.neg().exp()[:, :n])
-
-
 FBGEMM_ROWS = 3 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 1
 ROWS = {"bfloat16": 2, "float16": FBGEMM_ROWS if linear.uses_fbgemm(torch.float16) else 2}
 
 
-@pytest.mark.parametrize(("dtype", "count"), ROWS.items())
-def test_one_token_has_one_column_and_the_rows_that_its_products_need(tmp_path, dtype, count):
-    backend = load_exact(write(tmp_path), dtype)
-    rows = []
-    backend.target.layers[0].register_forward_hook(lambda _, args, __: rows.append(args[0]))
-    with SequenceSession(backend) as sequence:
-        sequence.extend([3, 4, 5])
-        assert len(sequence.logits(DraftTree.root_only(3))) == 1
-        sequence.commit(np.zeros(1, np.int32))
-        assert sequence.state.kv_cache.length == sequence.state.length == 4
-    assert [len(x) for x in rows] == [3, count]
-
-
-def test_a_token_of_a_model_larger_than_caches_has_four_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(exact, "CACHE_NBYTES", 0)
-    backend = load_exact(write(tmp_path))  # compares them with trees and prompts
+@pytest.mark.parametrize(
+    ("dtype", "cache_nbytes", "count"),
+    [*((dtype, exact.CACHE_NBYTES, count) for dtype, count in ROWS.items()), ("bfloat16", 0, 4)],
+)
+def test_one_token_has_one_column_and_the_rows_that_its_products_need(
+    tmp_path, monkeypatch, dtype, cache_nbytes, count
+):
+    """More of them in a model that is larger than caches."""
+    monkeypatch.setattr(exact, "CACHE_NBYTES", cache_nbytes)
+    backend = load_exact(write(tmp_path), dtype)  # compares them with trees and prompts
     rows = []
     backend.target.layers[0].register_forward_hook(lambda _, args, __: rows.append(args[0]))
     with SequenceSession(backend, capacity=4) as sequence:
@@ -277,32 +260,36 @@ def test_a_token_of_a_model_larger_than_caches_has_four_rows(tmp_path, monkeypat
         assert len(sequence.logits(DraftTree.root_only(3))) == 1
         sequence.commit(np.zeros(1, np.int32))
         assert sequence.state.kv_cache.length == sequence.state.length == 4
-    assert [len(x) for x in rows] == [3, 4]
+    assert [len(x) for x in rows] == [3, count]
 
 
 @torch.inference_mode()
-def test_a_kernel_whose_prompts_have_other_bits_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("factor", "of_prompts", "message"),
+    [
+        (1, 0, None),
+        (1, 1e-6, "many rows have other bits"),
+        (1.5, 0, "the kernel for products differ by"),
+    ],
+)
+def test_a_kernel_that_is_wrong_or_whose_prompts_have_other_bits_is_refused(
+    monkeypatch, factor, of_prompts, message
+):
     require("triton")
     from treeflash_cuda.gpu.triton_kernels import products
 
-    def row_by_row(x, weight, bias):
-        return torch.stack([F.linear(row, weight, bias) for row in x])
-
-    def other_for_prompts(x, weight, bias):
-        return row_by_row(x, weight, bias) + (1e-6 if len(x) > 64 else 0)
-
     devices = []
-    monkeypatch.setattr(torch.cuda, "device_of", lambda x: devices.append(x) or nullcontext())
-    monkeypatch.setattr(products, "linear", row_by_row)
-    exact.use_kernel_for_products(nn.Sequential(nn.Linear(16, 8)))
+
+    def row_by_row(x, weight, bias):
+        rows = torch.stack([F.linear(row, weight, bias) for row in x])
+        return factor * rows + of_prompts * (len(x) > 64)
+
+    stand_in(monkeypatch, torch.cuda, device_of=lambda x: devices.append(x) or nullcontext())
+    stand_in(monkeypatch, products, linear=row_by_row)
+    refused = pytest.raises(UnsupportedModelError, match=message) if message else nullcontext()
+    with refused:
+        exact.use_kernel_for_products(nn.Sequential(nn.Linear(16, 8)))
     assert devices, "Triton launches kernels on the current device"
-    for wrong, message in (
-        (other_for_prompts, "many rows have other bits"),
-        (lambda *args: 1.5 * row_by_row(*args), "the kernel for products differ by"),
-    ):
-        monkeypatch.setattr(products, "linear", wrong)
-        with pytest.raises(UnsupportedModelError, match=message):
-            exact.use_kernel_for_products(nn.Sequential(nn.Linear(16, 8)))
 
 
 # The kernels pass in the interpreter, which takes long; each kernel's own tests compare bits, too.
@@ -322,13 +309,10 @@ def test_kernels_are_exact(tmp_path, monkeypatch, case, layers):
     )
     fallback = Operations(reasons={"gated": "ptxas is missing"})
     write_target(tmp_path, "llama", seed=1, vocab_size=VOCAB_SIZE, layers=1)
-    monkeypatch.setattr(linear, "uses_onednn", lambda _: False)
     # The interpreter is slow: trees cross the end of a smaller tile, after a shorter prompt.
-    monkeypatch.setattr(kernels_of_attention, "MAX_TILE", 16)
-    monkeypatch.setattr("treeflash.decoding.probe.EXACT_PREFIX", 12)
-    monkeypatch.setattr("treeflash.decoding.probe.EXACT_NODES", 8)
-    monkeypatch.setattr(exact, "CHECKED_ROWS", (1, 2, 17))
-    monkeypatch.setattr(exact, "CHECKED_REPEATS", 17)
+    stand_in(monkeypatch, kernels_of_attention, MAX_TILE=16)
+    stand_in(monkeypatch, probe, EXACT_PREFIX=12, EXACT_NODES=8)
+    stand_in(monkeypatch, exact, CHECKED_ROWS=(1, 2, 17), CHECKED_REPEATS=17)
     operations, dtype, message = {
         "kernels": (kernels, "bfloat16", None),
         "PyTorch": (Operations(), "float32", r"exact mode is not possible .* changes its logits"),
@@ -336,9 +320,8 @@ def test_kernels_are_exact(tmp_path, monkeypatch, case, layers):
     }[case]
     if layers == "transformers":
         use_models(monkeypatch)
-    monkeypatch.setattr(
-        "treeflash_cuda.target_loading.load_target_operations", lambda *_: operations
-    )
+    stand_in(monkeypatch, linear, uses_onednn=lambda _: False)
+    stand_in(monkeypatch, target_loading, load_target_operations=lambda *_: operations)
     if message is None:
         assert load_exact(tmp_path, dtype).inexact is None
     else:
@@ -360,27 +343,17 @@ def test_a_rotation_of_prompts_that_differs_from_that_of_trees_is_found(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("family", "settings", "message"),
     [
-        ({"kv_bits": 8}, "exact mode does not support kv_bits"),
-        ({"compile": True}, "exact mode does not support compile"),
+        ("llama", {"kv_bits": 8}, "exact mode does not support kv_bits"),
+        ("llama", {"compile": True}, "exact mode does not support compile"),
+        ("qwen3_moe", {}, "does not support the products of Qwen3Moe"),
+        ("qwen3_5", {}, "does not support recurrent layers"),
     ],
 )
-def test_settings_without_an_exact_mode_are_refused(tmp_path, settings, message):
-    with pytest.raises(ConfigError, match=message):
-        load_exact(write(tmp_path), **settings)
-
-
-@pytest.mark.parametrize(
-    ("family", "message"),
-    [
-        ("qwen3_moe", "does not support the products of Qwen3Moe"),
-        ("qwen3_5", "does not support recurrent layers"),
-    ],
-)
-def test_layers_without_an_exact_mode_are_refused_by_name(tmp_path, family, message):
-    with pytest.raises(UnsupportedModelError, match=message):
-        load_exact(write(tmp_path, family, hidden_act="gelu"))
+def test_what_has_no_exact_mode_is_refused_by_name(tmp_path, family, settings, message):
+    with pytest.raises(ConfigError if settings else UnsupportedModelError, match=message):
+        load_exact(write(tmp_path, family, hidden_act="gelu"), **settings)
 
 
 @pytest.mark.parametrize(
@@ -402,22 +375,18 @@ def test_exact_mode_is_the_default_in_half_precision(tmp_path, settings, is_exac
     ("family", "fault", "reason"),
     [
         ("qwen3_moe", None, "it does not support the products of Qwen3Moe"),
-        ("llama", "treeflash_cuda.exact._equal_rows", "products of 3 x 4 weights"),
-        ("llama", "treeflash_cuda.backend.CudaBackend.check_exact", "a fork changes its logits"),
-        ("qwen3", "treeflash_cuda.backend.CudaBackend.check_exact", "a fork changes its logits"),
+        ("llama", (exact, "_equal_rows"), "products of 3 x 4 weights"),
+        ("llama", (CudaBackend, "check_exact"), "a fork changes its logits"),
+        ("qwen3", (CudaBackend, "check_exact"), "a fork changes its logits"),
     ],
 )
 def test_a_target_that_is_not_exact_is_loaded_as_without_the_default(
-    tmp_path, monkeypatch, family, fault, reason
+    tmp_path, family, fault, reason
 ):
-    def fail(*_):
-        raise UnsupportedModelError(reason)
-
     write(tmp_path, family, **({} if family == "qwen3" else {"hidden_act": "gelu"}))
     plain = load(tmp_path, None, LoadConfig(device="cpu", dtype="bfloat16", exact=False))
-    if fault:
-        monkeypatch.setattr(fault, fail)
-    backend = load(tmp_path, None, LoadConfig(device="cpu", dtype="bfloat16"))
+    with failing(*fault, UnsupportedModelError(reason)) if fault else nullcontext():
+        backend = load(tmp_path, None, LoadConfig(device="cpu", dtype="bfloat16"))
     assert backend.inexact.startswith(f"{plain.inexact}; ")
     assert reason in backend.inexact
     modules = list(backend.target.model.modules())

@@ -356,6 +356,26 @@ def test_an_iteration_is_captured(cuda, folders, family, dtype, is_sampled):
     assert names == {"the AR head", "marginals", "the target", "the drafter"}
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    each_value([(8, 0), (8, 9), (9, 0), (12, 0)], ["bfloat16", "float16", "float32"]),
+)
+def test_experts_are_captured_on_every_device(cuda, tmp_path, capability, dtype):
+    """PyTorch's own product copies to the host on most devices, which a graph cannot do."""
+    cuda.capability = capability
+    write_target(tmp_path, "qwen3_moe", seed=1, vocab_size=40)
+    backend = load(tmp_path, None, LoadConfig(dtype=dtype))
+    state = backend.open(40, drafts=False)
+    captures = backend.captures
+    # It has as many rows as the tree, so that both replay one graph.
+    backend.verifier.run([Prefill(state, [3, 4, 5], None)])
+    chain = DraftTree.chain(np.arange(4, dtype=np.int32), np.zeros(4))
+    with cuda.transfers() as transfers:
+        backend.verifier.run([Verify(state, chain, SamplingParams())])
+    assert backend.captures > captures
+    assert transfers.reads == 1  # the tokens
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_parts_of_products_are_not_added_in_half_precision(cuda, folders, dtype):
     name = f"allow_{dtype}_reduced_precision_reduction"

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.config import METHODS, DecodeConfig, LoadConfig
 from treeflash.hub.models import resolve_drafter
 from treeflash.testing import require
-from treeflash.testing.comparisons import generate, steps_of
+from treeflash.testing.comparisons import generate
 from treeflash.testing.models import write_pair
 from treeflash.testing.pairs import pairwise
 from treeflash.text.tokenizer import Tokenizer
@@ -56,9 +56,6 @@ def test_tiny_models_generate_what_transformers_generates(family, tmp_path):
         assert generate(backend, prompt, config) == expected, (method, budget)
 
 
-FILTERS = {"top_p": 0.9}, {}, {"top_k": 20}, {"min_p": 0.05}
-
-
 @pytest.fixture(scope="module")
 def default_pair(smollm2):
     return load(smollm2, resolve_drafter(None, None), CPU)
@@ -73,22 +70,3 @@ def test_smollm2_generates_what_transformers_generates(question, smollm2, defaul
     for method in METHODS:
         config = DecodeConfig(method=method, budget=64, max_tokens=12)
         assert generate(default_pair, prompt, config) == expected, method
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_smollm2_samples_the_same_by_every_method(filters, smollm2, default_pair):
-    prompt = Tokenizer.from_folder(smollm2).chat([{"role": "user", "content": QUESTIONS[2]}])
-    sampling = SamplingConfig(temperature=0.8, seed=7, **filters)
-    expected = None
-    for method in METHODS:
-        config = DecodeConfig(method=method, budget=16, max_tokens=8, sampling=sampling)
-        expected = expected or generate(default_pair, prompt, config)
-        assert generate(default_pair, prompt, config) == expected, method
-
-
-@pytest.mark.nightly
-def test_smollm2_accepts_more_than_one_token_an_iteration(smollm2, default_pair):
-    prompt = Tokenizer.from_folder(smollm2).chat([{"role": "user", "content": QUESTIONS[0]}])
-    steps = steps_of(default_pair, prompt, DecodeConfig(budget=16, max_tokens=32))
-    assert np.mean([len(step.tokens) for step in steps[1:]]) > 1.5

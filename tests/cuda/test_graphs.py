@@ -98,7 +98,7 @@ def test_tables_of_recurrent_heads_share_graphs(folders, tmp_path, monkeypatch, 
     ["eagle3", "mtp"]
     + [pytest.param(x, marks=pytest.mark.nightly) for x in ("eagle3-flags", "eagle3-all")],
 )
-def test_drafts_depth_by_depth_share_graphs(tmp_path, monkeypatch, kind):
+def test_drafts_depth_by_depth_share_graphs(tmp_path, monkeypatch, see_memory, kind):
     """Drafts and rows of caches equal the ones of caches that attend one by one with masks."""
     # With this seed no two paths are so equally probable that rounding decides their order.
     pair = write_mtp_pair(tmp_path, kind, seed=1)
@@ -135,6 +135,7 @@ def test_drafts_depth_by_depth_share_graphs(tmp_path, monkeypatch, kind):
     assert keys.count("the AR head") == 3 * 3 * 4 * 2  # sequences, depths, sizes and noise
     assert keys.count("the drafter") <= 8
     static.target.graphs.keys.clear()
+    see_memory(1 << 30)
     static.warm_up(4)
     warm = [name for name, *_ in static.target.graphs.keys]
     assert warm.count("the AR head") == 3 * 2  # default tables of 1, 2 and 4 texts; noise

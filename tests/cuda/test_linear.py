@@ -2,21 +2,17 @@
 
 import pytest
 
-from treeflash.config import LoadConfig
 from treeflash.testing import require
-from treeflash.testing.models import write_target
 
 require("torch")
 
 import torch
 from torch import nn
-from treeflash_cuda.backend import load
 from treeflash_cuda.linear import (
     PackedLinear,
     PairLinear,
     PlainLinear,
     can_pack,
-    is_subclass,
     join,
     pack_linears,
     weights_by_format,
@@ -105,22 +101,6 @@ def test_joined_outputs_equal_separate_ones(attention, make):
     x = torch.randn(3, 24)
     for output, linear in zip(layer(x).split([40, 8, 16], -1), linears, strict=True):
         close(output, linear(x))
-
-
-def test_torchaos_weights_are_left_alone(tmp_path):
-    """They keep the dtype and the class of the layer, and cannot be joined or packed."""
-    torchao = pytest.importorskip("torchao.quantization")
-    transformers = pytest.importorskip("transformers")
-    write_target(tmp_path / "target", "qwen3", seed=1)
-    config = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "target", dtype=torch.bfloat16, quantization_config=config
-    )
-    model.save_pretrained(tmp_path / "quantised")
-    backend = load(tmp_path / "quantised", None, LoadConfig(device="cpu", dtype="bfloat16"))
-    layer = backend.target.layers[0].self_attn.q_proj
-    assert type(layer) is nn.Linear
-    assert is_subclass(layer.weight)
 
 
 class Wrapped(torch.Tensor):

@@ -30,11 +30,6 @@ from treeflash_cuda.state import State
 from treeflash_cuda.visible_keys import PAGE
 
 
-@pytest.fixture
-def folders(tmp_path):
-    return write_pair(tmp_path, "qwen3", vocab_size=40)
-
-
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("static", [False, True], ids=["", "static shapes"])
 def test_no_state_stays_open_over_many_texts(monkeypatch, folders, static):

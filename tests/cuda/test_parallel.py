@@ -1,20 +1,24 @@
-"""Tensor parallelism: two processes on a CPU give the tokens of one."""
+"""Tensor parallelism: two processes on CPUs, of one machine or two, give the tokens of one."""
 
 import copy
 import json
 import os
 import queue
+import socket
 import subprocess
 import sys
 import threading
 from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from failures import failing
 from recordings import recording
+from stand_ins import stand_in
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import Request, Scheduler, decode
+from treeflash.decoding import Request, Scheduler
 from treeflash.decoding.interfaces import Prefill
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import ConfigError, NumericalError
@@ -38,6 +42,7 @@ from treeflash_cuda.verifier import Verifier
 from treeflash_cuda.visible_keys import PAGE
 
 PROMPT = [3, 4, 5, 6]
+PROMPTS = PROMPT, PROMPT[::-1]
 CONFIG = {"budget": 8, "max_tokens": 24}
 LOADING = "target, drafter, written = map(Path, sys.argv[1:])"
 SCRIPT = f"""
@@ -67,8 +72,7 @@ def fail_once(*args):  # on this rank alone, after the forward pass
 verifier.sample = fail_once
 config = DecodeConfig(**{CONFIG})
 texts = [[], []]
-prompts = {PROMPT}, {PROMPT}[::-1]
-requests = [Request(prompt_ids=prompts[n], config=config, tag=texts[n]) for n in range(2)]
+requests = [Request(prompt_ids={PROMPTS}[n], config=config, tag=texts[n]) for n in range(2)]
 scheduler = Scheduler(backend, prefix_cache=PrefixCache(1 << 30))  # copies the final states
 for request, step in scheduler.decode(requests):
     request.tag.extend(step.tokens)
@@ -122,69 +126,90 @@ atexit.register(lambda: path.write_text(json.dumps(captured)))
 """
 
 
-def start(script, *arguments):
-    """Run a script with two processes."""
-    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-    return subprocess.run(
-        [sys.executable, *launcher, *map(str, (script, *arguments))],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+LAUNCHER = sys.executable, "-m", "torch.distributed.run"
+
+
+def start(tmp_path, text, *launchers, **variables):
+    """Run a script on a pair with two processes; returns the written file, and what was printed."""
+    pair, script = write_pair(tmp_path, "qwen3"), tmp_path / "script.py"
+    script.write_text(text)
+    written = tmp_path / "tokens.json"
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))} | variables
+    agents = [
+        subprocess.Popen(
+            [*LAUNCHER, *launcher, *map(str, (script, *pair, written))],
+            env=environ,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for launcher in launchers
+    ]
+    try:
+        printed = [agent.communicate(timeout=300)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    return written, [agent.returncode for agent in agents], "\n".join(printed)
+
+
+def tokens_of_one_process(tmp_path):
+    """What `SCRIPT` writes of the same pair."""
+    pair = tmp_path / "target", tmp_path / "drafter"
+    backend = load(*pair, LoadConfig(device="cpu", dtype="float32"))
+    texts = [(PROMPT, "treeflash"), (PROMPT, "ar"), *((x, "treeflash") for x in PROMPTS)]
+    return [
+        generate(backend, prompt, DecodeConfig(method=method, **CONFIG)) for prompt, method in texts
+    ]
+
+
+ONE_MACHINE = "--standalone", "--nproc-per-node", "2"
 
 
 @pytest.mark.nightly
 def test_a_rank_that_fails_ends_all_ranks(tmp_path):
-    folders = write_pair(tmp_path, "qwen3")
-    script = tmp_path / "script.py"
-    script.write_text(FAILING_RANK + SCRIPT)
-    run = start(script, *folders, tmp_path / "tokens.json")
-    assert run.returncode != 0
-    assert run.stderr.count("error: rank 1 failed: out of paper\n") == 1
-    assert not (tmp_path / "tokens.json").exists()
-
-
-def test_a_follower_that_fails_ends_its_process(monkeypatch, capsys):
-    """Whatever the communication library does with an open connection."""
-
-    def fail(target):
-        raise RuntimeError("out of paper\nand ink")
-
-    statuses = []
-    monkeypatch.setattr(parallel, "_follow", fail)
-    monkeypatch.setattr(parallel.dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(parallel.os, "_exit", statuses.append)
-    parallel.follow(None)
-    assert statuses == [1]
-    assert capsys.readouterr().err == "error: rank 1 failed: out of paper\n"
+    written, codes, printed = start(tmp_path, FAILING_RANK + SCRIPT, ONE_MACHINE)
+    assert codes != [0]
+    assert printed.count("error: rank 1 failed: out of paper\n") == 1
+    assert not written.exists()
 
 
 # Three processes import PyTorch. `Ranks` runs both ranks in this one.
 @pytest.mark.nightly
 def test_two_processes_give_the_tokens_of_one(tmp_path):
-    """Their trees run in graphs; without graphs they run in `test_machines.py`."""
-    target, drafter = write_pair(tmp_path, "qwen3")
-    script, written = tmp_path / "script.py", tmp_path / "tokens.json"
-    script.write_text(SCRIPT.replace(LOADING, GRAPHS + LOADING))
-    run = start(script, target, drafter, written)
-    assert run.returncode == 0, run.stderr[-3000:]
+    """Their trees run in graphs; without graphs they run on two machines."""
+    script = SCRIPT.replace(LOADING, GRAPHS + LOADING)
+    written, codes, printed = start(tmp_path, script, ONE_MACHINE)
+    assert codes == [0], printed[-3000:]
     captured, other = (json.loads((tmp_path / f"captured{i}").read_text()) for i in (0, 1))
     assert captured == other
     assert [succeeded for _, succeeded in captured].count(False) == 1
     assert len(captured) > len({str(sizes) for sizes, _ in captured}) > 2
-    backend = load(target, drafter, LoadConfig(device="cpu", dtype="float32"))
-    expected = []
-    for method in ("treeflash", "ar"):
-        steps = decode(
-            backend, Request(prompt_ids=PROMPT, config=DecodeConfig(method=method, **CONFIG))
-        )
-        expected.append([int(token) for step in steps for token in step.tokens])
-    for prompt in (PROMPT, PROMPT[::-1]):
-        steps = decode(backend, Request(prompt_ids=prompt, config=DecodeConfig(**CONFIG)))
-        expected.append([int(token) for step in steps for token in step.tokens])
-    assert json.loads(written.read_text()) == expected
+    assert json.loads(written.read_text()) == tokens_of_one_process(tmp_path)
+
+
+@pytest.mark.nightly
+def test_two_machines_give_the_tokens_of_one(tmp_path):
+    """Two agents on the loopback interface, with a rank each."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    rendezvous = f"--rdzv-backend=c10d --rdzv-id=test --rdzv-endpoint=127.0.0.1:{port}"
+    launcher = *rendezvous.split(), "--nnodes=2", "--nproc-per-node=1"
+    script = 'import os\nassert os.environ["LOCAL_WORLD_SIZE"] == "1"\n' + SCRIPT
+    found = start(tmp_path, script, launcher, launcher, GLOO_SOCKET_IFNAME="lo")
+    written, codes, printed = found
+    assert codes == [0, 0], printed
+    assert json.loads(written.read_text()) == tokens_of_one_process(tmp_path)
+
+
+def test_a_follower_that_fails_ends_its_process(monkeypatch, capsys):
+    """Whatever the communication library does with an open connection."""
+    statuses = []
+    stand_in(monkeypatch, parallel.dist, get_rank=lambda: 1)
+    stand_in(monkeypatch, parallel.os, _exit=statuses.append)
+    with failing(parallel, "broadcast", RuntimeError("out of paper\nand ink")):
+        parallel.follow(SimpleNamespace())
+    assert statuses == [1]
+    assert capsys.readouterr().err == "error: rank 1 failed: out of paper\n"
 
 
 class Ranks:
@@ -205,10 +230,14 @@ class Ranks:
         self.arenas = self.target.arena, follower.arena
         self.messages, self.replies = queue.Queue(), queue.Queue()
         self.leading, self.following = [], []  # states, in the order in which they were opened
-        monkeypatch.setattr(parallel, "followers", parallel.Followers())
-        monkeypatch.setattr(parallel, "broadcast", self.broadcast)
-        monkeypatch.setattr(parallel, "State", self.follow_state)
-        monkeypatch.setattr(parallel, "_leave", lambda: None)
+        stand_in(
+            monkeypatch,
+            parallel,
+            followers=parallel.Followers(),
+            broadcast=self.broadcast,
+            State=self.follow_state,
+            _leave=lambda: None,
+        )
         self.thread = threading.Thread(target=parallel.follow, args=(follower,), daemon=True)
         self.thread.start()
         self.replies.get(timeout=120)  # it waits for its first message
@@ -310,10 +339,13 @@ def test_graphs_are_dropped_before_the_communicator_ends(monkeypatch, rank):
 
     left, store = [], Split.graphs.store
     store["the target", None, None] = None
-    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: left.append(len(store)))
-    monkeypatch.setattr(parallel, "broadcast", lambda *_: [("end",)])
-    monkeypatch.setattr(parallel, "RELEASE_S", 0)
+    stand_in(
+        monkeypatch,
+        parallel.dist,
+        is_initialized=lambda: True,
+        destroy_process_group=lambda: left.append(len(store)),
+    )
+    stand_in(monkeypatch, parallel, broadcast=lambda *_: [("end",)], RELEASE_S=0)
     if rank == 0:
         parallel.end(Split.graphs)
     else:
@@ -328,13 +360,16 @@ def test_kernels_that_a_rank_refuses_run_on_no_rank(monkeypatch, tmp_path, atten
     def gather(found, mine):
         found[:] = [mine, {"gated": "ptxas is missing"} if isinstance(mine, dict) else attends]
 
-    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(parallel.dist, "all_gather_object", gather)
+    stand_in(monkeypatch, parallel.dist, get_world_size=lambda: 2, all_gather_object=gather)
     write_target(tmp_path, "llama", seed=3)
     target = load(tmp_path, None, LoadConfig(device="cpu", dtype="float32")).target
     kernels = Operations(rms_norm=print, gated=print)
-    monkeypatch.setattr(target_loading, "load_target_operations", lambda *_: kernels)
-    monkeypatch.setattr(target_loading, "load_prompt_attention", lambda *_: print)
+    stand_in(
+        monkeypatch,
+        target_loading,
+        load_target_operations=lambda *_: kernels,
+        load_prompt_attention=lambda *_: print,
+    )
     target.split = True
     target_loading.add_kernels(target)
     assert target.operations.has_kernel("rms_norm")
@@ -423,28 +458,21 @@ def test_a_fork_that_fails_leaves_no_state_on_any_rank(ranks, monkeypatch):
     assert not any(state.kv_cache.slab for state in ranks.following)
 
 
-def test_a_forward_pass_that_fails_on_rank_0_alone_is_the_last(ranks, monkeypatch):
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_forward_pass_that_ends_on_rank_0_alone_is_the_last(ranks, monkeypatch, error):
     state = ranks.backend.open(20, drafts=False)
-    ranks.fail(monkeypatch, type(ranks.target), "run_rows", 1)
+    ranks.fail(monkeypatch, type(ranks.target), "run_rows", 1, error)
     config = DecodeConfig(method="ar", max_tokens=3)
     requests = [Request(prompt_ids=prompt, config=config) for prompt in ([5], [6, 7])]
-    with pytest.raises(RuntimeError, match="restart torchrun"):
+    interrupted = pytest.raises(error)
+    lost = pytest.raises(RuntimeError, match="restart torchrun")
+    with lost if error is MemoryError else interrupted:
         list(Scheduler(ranks.backend).decode(requests))
     with pytest.raises(RuntimeError, match="restart torchrun"):
         ranks.backend.open(20, drafts=False)
     state.close()
-    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    stand_in(monkeypatch, parallel.dist, is_initialized=lambda: True)
     parallel.end(ranks.target.graphs)  # tells nobody
-
-
-def test_a_forward_pass_that_is_interrupted_on_rank_0_is_the_last(ranks, monkeypatch):
-    state = ranks.backend.open(20, drafts=False)
-    ranks.fail(monkeypatch, type(ranks.target), "run_rows", 1, KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
-        ranks.backend.verifier.run([Prefill(state, [5], None)])
-    with pytest.raises(RuntimeError, match="restart torchrun"):
-        ranks.backend.open(20, drafts=False)
-    state.close()
 
 
 @pytest.mark.parametrize(

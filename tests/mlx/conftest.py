@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from accelerators import MetalKernels, metal_problem
 from families import write_pair as write_pair_of
+from stand_ins import stand_in
 
 from treeflash.testing.models import write_pair
 
@@ -20,10 +21,9 @@ def see_device(monkeypatch):
     import mlx.core as mx
 
     def see(kind, architecture=None):
-        monkeypatch.setattr(mx.metal, "is_available", lambda: kind == mx.gpu)
-        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(kind))
-        if architecture is not None:
-            monkeypatch.setattr(mx, "device_info", lambda *_: {"architecture": architecture})
+        info = {"device_info": lambda *_: {"architecture": architecture}} if architecture else {}
+        stand_in(monkeypatch, mx.metal, is_available=lambda: kind == mx.gpu)
+        stand_in(monkeypatch, mx, default_device=lambda: mx.Device(kind), **info)
 
     return see
 
@@ -99,5 +99,26 @@ def runner(request, monkeypatch):
     import mlx.core as mx
 
     kernels = MetalKernels()
-    monkeypatch.setattr(mx.fast, "metal_kernel", kernels.metal_kernel)
+    stand_in(monkeypatch, mx.fast, metal_kernel=kernels.metal_kernel)
     return kernels
+
+
+@pytest.fixture
+def finds_fault(metal, recwarn):
+    """Whether a fault in kernels whose names begin so is found: by the executor, or by a check.
+
+    `refuses` makes the check at load, returns whether no kernel is used, and warns.
+    """
+    from metal_executor import ASCENDING, MetalKernelError
+
+    def finds(name, right, wrong, refuses, warning):
+        metal.schedules = (ASCENDING,)  # the others are slow
+        metal.faults.append((name, right, wrong))
+        try:
+            found = refuses() and warning in str(recwarn.pop().message)
+        except MetalKernelError:
+            found = True
+        assert metal.planted, "no kernel has this text"
+        return found
+
+    return finds

@@ -2,9 +2,7 @@
 
 import json
 import os
-import re
 import time
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +10,7 @@ import pytest
 from byte_tokens import save_tokenizer
 from endless_pair import endless_pair
 from mtp_pairs import write_mtp_pair
+from stand_ins import stand_in
 
 import treeflash
 from treeflash.config import METHODS
@@ -72,8 +71,12 @@ def test_passes_whose_keys_have_no_room_are_left_out(module, mac, monkeypatch):
     parts, part = module("mlx_parts"), module("report").Part("passes")
     backend = mac.load_model().backend
     free = backend.state_nbytes(200, drafts=False)
-    monkeypatch.setattr(parts, "device_report", lambda _: DeviceReport(reserved_bytes=free))
-    monkeypatch.setattr(parts, "verify_rows", lambda _, contexts, *__: [{"context": contexts[0]}])
+    stand_in(
+        monkeypatch,
+        parts,
+        device_report=lambda _: DeviceReport(reserved_bytes=free),
+        verify_rows=lambda _, contexts, *__: [{"context": contexts[0]}],
+    )
     mac.args.contexts = [100, 400]
     parts.passes(mac, part)
     assert part.tables["passes"] == [{"context": 100}]
@@ -91,15 +94,14 @@ def test_a_report_goes_on_after_a_part_that_fails(
     def method_rows(*_):
         raise RuntimeError("the GPU is busy")
 
-    monkeypatch.setattr(shared, "method_rows", method_rows)
-    monkeypatch.setattr(shared, "SUITE", tmp_path / "none")
+    stand_in(monkeypatch, shared, method_rows=method_rows, SUITE=tmp_path / "none")
     environments = []
 
     def in_process(function, *arguments, environment):
         environments.append(environment)
         return function(*arguments)
 
-    monkeypatch.setattr(parts, "in_process", in_process)
+    stand_in(monkeypatch, parts, in_process=in_process)
     options = ["--sizes", "1,3", "--contexts", "2", "--repeats", "1", "--json", str(file)]
     assert module("device_report").main([*pair, "--backend", "mlx", *options]) == 1
     report = json.loads(file.read_text())
@@ -192,40 +194,3 @@ def test_a_report_measures_what_a_pair_without_a_block_drafter_can_do(module, tm
     assert methods == ["ar", *(["treeflash", "treeflash-chain"] if head else []), "suffix"]
     for method in methods:
         assert len(model.generate([3, 4, 5], method=method, max_tokens=4).token_ids) > 0
-
-
-# All kernels are written and compiled in `test_metal_compilation.py`.
-@pytest.mark.nightly
-def test_metal_sources(module, tmp_path, monkeypatch, capsys):
-    """One file for each instantiation, as MLX writes it."""
-    sources = module("metal_sources")
-    monkeypatch.setattr(sources, "DTYPES", sources.DTYPES[:1])
-    assert sources.main([str(tmp_path / "kernels")]) == 0
-    texts = [path.read_text() for path in (tmp_path / "kernels").iterdir()]
-    assert f"{len(texts)} kernels" in capsys.readouterr().out
-    assert all(text.startswith(sources.PRELUDE) and "[[kernel]]" in text for text in texts)
-    assert (sources.INCLUDES / sources.PRELUDE.split('"')[1]).exists()
-    names = re.findall(
-        r"void custom_kernel_treeflash_([a-z_]+?)__?(?:float|bfloat)", "".join(texts)
-    )
-    kinds = [f"gated_delta_{x}_{y}" for x in ("nodes", "replay") for y in sources.DELTA_KINDS]
-    # With and without sinks; in exact mode for trees and for chains.
-    attention = {"attention_parts": 2, "attention_parts_quantised": 8, "attention_merge": 2}
-    attention |= {"attention_parts_shared": 2, "attention_parts_shared_quantised": 8}
-    attention |= {"attention_parts_exact": 4, "attention_parts_exact_shared": 4}
-    # Three geometries for each number of matrices of 8 rows, bits, and size of groups.
-    counts = {"products": 3 * 3, "products_quantised": 3 * (3 + 4) * 3, "substitution": 1}
-    counts |= attention
-    assert Counter(names) == counts | dict.fromkeys(kinds, 1)
-
-
-# Two seconds; `tests/core/test_benchmarks.py` has a benchmark of each kind.
-@pytest.mark.nightly
-def test_throughput(module, pair, tmp_path):
-    prompts, file = tmp_path / "a.jsonl", tmp_path / "out.json"
-    prompts.write_text("\n".join(json.dumps({"id": n, "turns": [f"Why {n}"]}) for n in range(2)))
-    options = ["--backend", "mlx", "--dtype", "float32", "--limit", "1", "--concurrency", "1,2"]
-    assert module("throughput").main([str(prompts), *pair, *options, "--json", str(file)]) == 0
-    rows = [row for row in json.loads(file.read_text())["rows"] if row["set"] == "a"]
-    assert {row["system"] for row in rows} == {"treeflash", "mlx-lm"}
-    assert all(row["equal"] == row["prompts"] > 0 for row in rows)

@@ -3,8 +3,10 @@
 import logging
 import math
 import platform
+from datetime import date
 
 import pytest
+from stand_ins import stand_in
 
 from treeflash.testing import require
 
@@ -26,10 +28,13 @@ def process(monkeypatch, tmp_path):
     def begin(*gains):
         ran, coming = [], iter(gains)
         kept = KeptVerdicts(tmp_path / "kernels" / "a.json")
-        monkeypatch.setattr(metal_kernels, "kept_verdicts", lambda: kept)
-        monkeypatch.setattr(metal_kernels, "VERDICTS", {})
-        monkeypatch.setattr(
-            metal_kernels, "speedup", lambda *_: ran.append("timing") or next(coming)
+        stand_in(
+            monkeypatch,
+            metal_kernels,
+            kept_verdicts=lambda: kept,
+            VERDICTS={},
+            MESSAGES={},
+            speedup=lambda *_: ran.append("timing") or next(coming),
         )
         metal_kernels.announce_timing.cache_clear()
         return ran
@@ -37,21 +42,16 @@ def process(monkeypatch, tmp_path):
     return begin
 
 
-def enumerate_cases(errors):
-    return ((f"case {n}" if len(errors) > 1 else "", error) for n, error in enumerate(errors))
-
-
 def decide(ran, key=(1,), size="5 rows", errors=(0.0,), kernels=("a", "b")):
     def check(_):
         ran.append("check")
-        return dict(enumerate_cases(errors))
+        return {f"case {n}" if n else "": error for n, error in enumerate(errors)}
 
     links = dict.fromkeys(kernels, lambda x, _: x)
     return choose("products", "8 x 8", size, check, 0.1, links, None, None, key=key)
 
 
-def test_a_later_process_checks_the_winner_and_times_nothing(process, caplog, monkeypatch):
-    monkeypatch.setattr(Verdict, "found_now", lambda *of: Verdict(*of, "2026-11-29"))
+def test_a_later_process_checks_the_winner_and_times_nothing(process, caplog):
     with caplog.at_level(logging.WARNING):
         assert decide(process(1.5, 1.8)) == "b"
         assert decide(ran := process(0.9, 0.8), size="6 rows") is None
@@ -63,12 +63,13 @@ def test_a_later_process_checks_the_winner_and_times_nothing(process, caplog, mo
     ran = process()
     assert (decide(ran), decide(ran, size="6 rows")) == ("b", None)
     assert (ran, caplog.records) == (["check"], [])
-    assert metal_kernels.VERDICTS == {
-        "products, 8 x 8": {
-            "5 rows": "used, 1.80 times as fast as MLX's operation with b, timed on 2026-11-29",
-            "6 rows": "not used, 0.90 times as fast as MLX's operation with a, timed on 2026-11-29",
-        }
+    texts = {
+        "5 rows": "used, 1.80 times as fast as MLX's operation with b, timed on ",
+        "6 rows": "not used, 0.90 times as fast as MLX's operation with a, timed on ",
     }
+    found = metal_kernels.VERDICTS["products, 8 x 8"]
+    assert {size: text[:-10] for size, text in found.items()} == texts
+    assert all(date.fromisoformat(text[-10:]) for text in found.values())
 
 
 def test_another_shape_of_the_same_name_is_timed(process):
@@ -120,12 +121,11 @@ APPLE = (
 )
 
 
-def test_the_compiler_says_why_a_kernel_is_not_used(process, monkeypatch):
+def test_the_compiler_says_why_a_kernel_is_not_used(process):
     def errors(_):
         raise RuntimeError(APPLE)
 
     process()
-    monkeypatch.setattr(metal_kernels, "MESSAGES", {})
     line = "program_source:57:9: error: no matching function for call to"
     with pytest.warns(UserWarning, match=line):
         assert choose("products", "8 x 8", "5 rows", errors, 0.1) is None
@@ -164,22 +164,22 @@ def test_what_verdicts_depend_on(tmp_path, monkeypatch):
     source = tmp_path / "kernel.py"
     source.write_text("1")
     info = {"architecture": "applegpu_g16s", "device_name": "M4", "memory_size": 1}
-    monkeypatch.setattr(mx, "device_info", lambda *_: info)
+    stand_in(monkeypatch, mx, device_info=lambda *_: info)
     files = [file_of(tmp_path, [source])]
     assert file_of(tmp_path, [source]) == files[0]
-    for module, name, value in (
-        (mx, "device_info", lambda *_: info | {"architecture": "applegpu_g15s"}),
-        (platform, "mac_ver", lambda: ("26.2", ("", "", ""), "")),
-        (verdicts, "version", lambda _: "0.33"),
+    for module, change in (
+        (mx, {"device_info": lambda *_: info | {"architecture": "applegpu_g15s"}}),
+        (platform, {"mac_ver": lambda: ("26.2", ("", "", ""), "")}),
+        (verdicts, {"version": lambda _: "0.33"}),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, value)
+            stand_in(patch, module, **change)
             files.append(file_of(tmp_path, [source]))
     source.write_text("2")
     files.append(file_of(tmp_path, [source]))
     assert len(set(files)) == 5
     with monkeypatch.context() as patch:  # a Mac gets its name from the network that it is in
-        patch.setattr(platform, "node", lambda: "elsewhere")
+        stand_in(patch, platform, node=lambda: "elsewhere")
         assert file_of(tmp_path, [source]) == files[-1]
     assert {path.parent for path in files} == {tmp_path}
 
@@ -196,8 +196,9 @@ def test_the_file_depends_on_every_kernel(monkeypatch, tmp_path):
     assert {"products.py", "attention.py", "gated_delta.py", "hybrid.py"} <= names
 
 
-def test_one_line_says_which_kernels_are_used(monkeypatch):
+def test_one_line_says_which_kernels_are_used(process):
+    process()
     loses, wins = {"5 rows": "not used, 0.90 times as fast"}, {"5 rows": "used, 1.20 times as fast"}
     found = {"products, 8 x 8": loses, "products, 9 x 9": loses | {"7 rows": wins["5 rows"]}}
-    monkeypatch.setattr(metal_kernels, "VERDICTS", found | {"attention, 4 heads": loses})
+    metal_kernels.VERDICTS.update(found | {"attention, 4 heads": loses})
     assert metal_kernels.summary() == "products in 1 of 2 shapes; attention in 0 of 1 shapes"

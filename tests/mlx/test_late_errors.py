@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from stand_ins import stand_in
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step
@@ -69,10 +70,14 @@ class FailingBuffer:
             self.states.append(new)
             return new
 
-        patch.setattr(verifier, "run", run_at_place)
-        patch.setattr(verifier, "commit", lambda *a: watch(["commit"], partial(commit, *a), []))
-        patch.setattr(drafter, "draft", lambda *a: watch(["draft"], partial(draft, *a), []))
-        patch.setattr(State, "fork", fork_at_place)
+        stand_in(
+            patch,
+            verifier,
+            run=run_at_place,
+            commit=lambda *paths: watch(["commit"], partial(commit, *paths), []),
+        )
+        stand_in(patch, drafter, draft=lambda *a: watch(["draft"], partial(draft, *a), []))
+        stand_in(patch, State, fork=fork_at_place)
 
     def watch(self, places, call, states):
         """Call, or let the buffer fail and raise its error."""

@@ -14,8 +14,10 @@ require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
-from metal_executor import ASCENDING, DESCENDING, MetalKernelError, install
+from metal_executor import DESCENDING, install
 from mlx_lm.models.base import scaled_dot_product_attention
+from stand_ins import stand_in
+from treeflash_mlx import attention as attention_of_layers
 from treeflash_mlx import metal_kernels
 from treeflash_mlx.attention import TreePass
 from treeflash_mlx.attention import attend as attend_nodes
@@ -32,15 +34,17 @@ TREES = [
 
 @pytest.fixture(autouse=True)
 def _short_contexts(monkeypatch):
-    monkeypatch.setattr(attention, "SPANS", {0: 16})
-    monkeypatch.setattr(attention, "TIMED_COLUMNS", (attention.TIMED_NODES + 1,))
+    stand_in(monkeypatch, attention, SPANS={0: 16}, TIMED_COLUMNS=(attention.TIMED_NODES + 1,))
 
 
 @pytest.fixture
 def win_from(monkeypatch):
     """Let the kernel win from a number of columns on."""
-    name = "treeflash_mlx.attention.winning_columns"
-    return lambda columns: monkeypatch.setattr(name, lambda *_, few: columns)
+
+    def win(columns):
+        stand_in(monkeypatch, attention_of_layers, winning_columns=lambda *_, few: columns)
+
+    return win
 
 
 def attend(rng, shape, starts, window=None, sinks=None):
@@ -126,7 +130,7 @@ def test_sinks_are_not_converted(metal, monkeypatch, rng):
         kernel = make(*args, **options)
         return lambda **call: taken.append(call["inputs"]) or kernel(**call)
 
-    monkeypatch.setattr(attention, "make_kernel", make_kernel)
+    stand_in(monkeypatch, attention, make_kernel=make_kernel)
     sinks = mx.array(rng.normal(size=6)).astype(mx.bfloat16)
     attend(rng, SHAPES[1][0], (0, 20), None, sinks)
     assert taken[1][2] is sinks
@@ -206,17 +210,12 @@ FAULT_NAMES = [*SHARED_FAULTS, *FAULTS, *QUANTISED_FAULTS, *WORD_FAULTS]
 
 
 @pytest.mark.parametrize(("right", "wrong", "shape"), CASES, ids=FAULT_NAMES)
-def test_a_fault_in_the_kernel_is_noticed(metal, recwarn, right, wrong, shape):
-    """By the executor, or by the check at load."""
-    metal.schedules = (ASCENDING,)  # the others are slow
-    text = attention.source(quantised=shape.bits > 0, shared=shape.head_dim > 128)
-    assert right in text
-    metal.faults.append(("treeflash_attention_parts", right, wrong))
-    try:
-        assert attention.winning_columns(shape) == math.inf
-    except MetalKernelError:
-        return
-    assert "attention of draft trees run without" in str(recwarn.pop().message)
+def test_a_fault_in_the_kernel_is_noticed(finds_fault, right, wrong, shape):
+    assert finds_fault(
+        "treeflash_attention_parts",
+        *(right, wrong, lambda: attention.winning_columns(shape) == math.inf),
+        "attention of draft trees run without",
+    )
 
 
 MERGE_FAULTS = {
@@ -226,24 +225,23 @@ MERGE_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", MERGE_FAULTS)
-def test_a_fault_in_the_merge_is_noticed(metal, fault):
-    metal.schedules = (ASCENDING,)  # the others are slow
-    right, wrong = MERGE_FAULTS[fault]
-    assert right in attention.MERGE
-    metal.faults.append(("treeflash_attention_merge", right, wrong))
-    with pytest.warns(UserWarning, match="its relative error is"):
-        assert attention.winning_columns(Shape(6, 2, 32, mx.float32)) == math.inf
+@pytest.mark.parametrize("fault", MERGE_FAULTS.values(), ids=MERGE_FAULTS)
+def test_a_fault_in_the_merge_is_noticed(finds_fault, fault):
+    shape = Shape(6, 2, 32, mx.float32)
+    assert finds_fault(
+        "treeflash_attention_merge",
+        *(*fault, lambda: attention.winning_columns(shape) == math.inf),
+        "its relative error is",
+    )
 
 
 def test_splits_are_longer_in_long_contexts(metal, monkeypatch, rng):
     """Both lengths are checked at load."""
-    monkeypatch.setattr(attention, "SPANS", {0: 16, 40: 24})
+    stand_in(monkeypatch, attention, SPANS={0: 16, 40: 24}, TIMED_COLUMNS=(60,))
     for starts in ((33, 16), (47, 30)):
         found, expected = attend(rng, SHAPES[0][0], starts)
         np.testing.assert_allclose(found, expected, atol=1e-5)
     assert [attention.span_of(n) for n in (39, 40)] == [16, 24]
-    monkeypatch.setattr(attention, "TIMED_COLUMNS", (60,))
     with recording(attention._Benchmark, "error") as checks:
         attention.winning_columns(Shape(4, 2, 32, mx.float32))
     lengths = [benchmark.nodes.length for benchmark, _ in checks]
@@ -259,7 +257,7 @@ def test_widths_that_the_kernel_runs(width, runs):
 
 
 def test_the_kernel_runs_from_the_context_on_where_it_wins(metal, monkeypatch):
-    monkeypatch.setattr(attention, "TIMED_COLUMNS", (30, 40, 50))
+    stand_in(monkeypatch, attention, TIMED_COLUMNS=(30, 40, 50))
     timed = []
 
     def speedup(kernel, plain, start):

@@ -22,6 +22,7 @@ require("mlx_lm")
 
 from laws import LAWS
 from metal_executor import DESCENDING, MetalExecutor, install, require_compiler
+from stand_ins import stand_in
 from treeflash_mlx.backend import load as load_mlx
 from treeflash_mlx.metal_kernels import attention
 
@@ -96,12 +97,11 @@ def kernels(kept_folder):
     executor = MetalExecutor(folder, schedules=(DESCENDING,), speedup=lambda *_: 2)
     with pytest.MonkeyPatch.context() as patch:
         install(executor, patch)
-        patch.setattr(attention, "SPANS", {0: 16})
-        patch.setattr(attention, "TIMED_COLUMNS", (attention.TIMED_NODES + 1,))
+        stand_in(patch, attention, SPANS={0: 16}, TIMED_COLUMNS=(attention.TIMED_NODES + 1,))
         few = settings(repeated, max_examples=EXAMPLES)
         for name in dir(BackendSuite):
             if hasattr(law := getattr(BackendSuite, name), "hypothesis"):
-                patch.setattr(law, "_hypothesis_internal_use_settings", few)
+                stand_in(patch, law, _hypothesis_internal_use_settings=few)
         yield executor
 
 

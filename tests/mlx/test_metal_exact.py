@@ -1,6 +1,7 @@
 """Exact mode on Metal: its kernels give a row the same bits beside any others."""
 
 import math
+from contextlib import suppress
 from functools import partial
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ require("mlx_lm")
 from metal_executor import ASCENDING, DESCENDING, MetalKernelError
 from mlx import nn
 from scheduled_texts import decode_together
+from stand_ins import stand_in
 from treeflash_mlx import exact, metal_kernels
 from treeflash_mlx.attention import TreePass
 from treeflash_mlx.backend import load
@@ -33,12 +35,9 @@ from treeflash_mlx.target import Target
 @pytest.fixture(autouse=True)
 def small_checks(monkeypatch):
     """Contexts of a few splits, and few rows: the executor is slow."""
-    monkeypatch.setattr(attention, "EXACT_SPAN", 32)
-    monkeypatch.setattr(exact, "KEYS", (45,))
-    monkeypatch.setattr(exact, "ALL_ROWS", 40)
-    monkeypatch.setattr(exact, "COUNTS", (1, 9, 33))
-    monkeypatch.setattr(exact, "FEW_COUNTS", (1, 3))
-    monkeypatch.setattr(probe, "EXACT_PREFIX", 27)
+    stand_in(monkeypatch, attention, EXACT_SPAN=32)
+    stand_in(monkeypatch, exact, KEYS=(45,), ALL_ROWS=40, COUNTS=(1, 9, 33), FEW_COUNTS=(1, 3))
+    stand_in(monkeypatch, probe, EXACT_PREFIX=27)
 
 
 @pytest.fixture
@@ -138,49 +137,45 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_a_fault_in_the_kernel_of_attention_is_noticed(metal, fault):
     metal.schedules = (ASCENDING,)  # the others are slow
-    right, wrong = FAULTS[fault]
-    text = attention.source(quantised=False, shared=False, exact=True)
-    assert right in text
     q = exact.normal(1, 4, exact.ALL_ROWS, 32, dtype=mx.bfloat16)
     k, v = exact.normal(2, 1, 2, 45 + exact.ALL_ROWS, 32, dtype=mx.bfloat16)
     rows = partial(exact.attend_by_kernel, q, k, v, 23, 5)
     expected = rows(2)
-    metal.faults.append(("treeflash_attention_parts", right, wrong))
-    try:
-        # A fault may be in single tokens and in trees.
+    metal.faults.append(("treeflash_attention_parts", *fault))
+    with suppress(MetalKernelError):  # a fault may be in single tokens and in trees
         assert exact.differing(rows, (2,)) or not mx.array_equal(rows(2), expected)
-    except MetalKernelError:
-        return
+    assert metal.planted
 
 
 def test_a_geometry_that_depends_on_the_number_of_rows_is_noticed(metal, monkeypatch):
-    layer = nn.QuantizedLinear.from_linear(nn.Linear(512, 40), 32, 4)
-    products.use_everywhere(layer)
-    rows = partial(exact.computed_rows, layer, exact.normal(exact.ALL_ROWS, 512, dtype=mx.float32))
-    assert exact.differing(rows, exact.COUNTS) == []
+    x = exact.normal(exact.ALL_ROWS, 512, dtype=mx.float32)
+
+    def differing():
+        layer = nn.QuantizedLinear.from_linear(nn.Linear(512, 40), 32, 4)
+        products.use_everywhere(layer)
+        return exact.differing(partial(exact.computed_rows, layer, x), exact.COUNTS)
+
+    assert differing() == []
     prepare = products.prepare
 
     def by_rows(module, x, geometry):
         return prepare(module, x, geometry if len(x) > 8 else Geometry(geometry.tiles, 4))
 
     monkeypatch.setattr(products, "prepare", by_rows)
-    layer = nn.QuantizedLinear.from_linear(nn.Linear(512, 40), 32, 4)
-    products.use_everywhere(layer)
-    rows = partial(exact.computed_rows, layer, exact.normal(exact.ALL_ROWS, 512, dtype=mx.float32))
-    assert exact.differing(rows, exact.COUNTS) == [1]
+    assert differing() == [1]
 
 
 def test_splits_that_depend_on_the_context_are_named(target, monkeypatch):
     check_operations(target)
 
     def by_length(q, k, v, nodes, scale, **options):
-        monkeypatch.setattr(attention, "EXACT_SPAN", 32 if nodes.length < 48 else 64)
+        stand_in(monkeypatch, attention, EXACT_SPAN=32 if nodes.length < 48 else 64)
         return tree_attention(q, k, v, nodes, scale, **options)
 
-    monkeypatch.setattr(exact, "tree_attention", by_length)
+    stand_in(monkeypatch, exact, tree_attention=by_length)
     with pytest.raises(UnsupportedModelError, match="in attention to 45 keys"):
         check_operations(target)
 
@@ -188,7 +183,7 @@ def test_splits_that_depend_on_the_context_are_named(target, monkeypatch):
 def test_kernels_that_are_wrong_are_not_used(metal, monkeypatch):
     """The check at load then compares MLX's operations."""
     for module in (products, attention):
-        monkeypatch.setattr(module, "relative_error", lambda *_: 0.5)
+        stand_in(monkeypatch, module, relative_error=lambda *_: 0.5)
     layer = nn.QuantizedLinear.from_linear(nn.Linear(64, 8), 32, 4)
     with pytest.warns(UserWarning, match="products in exact mode run without their Metal kernel"):
         products.use_everywhere(layer)
@@ -209,8 +204,8 @@ SAMPLINGS = [SamplingConfig(), SamplingConfig(temperature=0.9, top_p=0.9, seed=3
 @pytest.mark.nightly
 def test_texts_of_trees_are_those_of_plain_decoding(metal, monkeypatch, tmp_path, rng):
     """In bfloat16, alone and together; and the chunks of a prompt change no bit."""
-    monkeypatch.setattr(attention, "EXACT_SPAN", 16)
-    monkeypatch.setattr(probe, "EXACT_PREFIX", 11)
+    stand_in(monkeypatch, attention, EXACT_SPAN=16)
+    stand_in(monkeypatch, probe, EXACT_PREFIX=11)
     target, drafter = write_pair(tmp_path, "qwen3", vocab_size=64, hidden_size=64, layers=3)
     backend = load(target, drafter, LoadConfig(dtype="bfloat16", exact=True))
     assert backend.inexact is None

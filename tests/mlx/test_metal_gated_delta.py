@@ -16,6 +16,7 @@ require("mlx_lm")
 import mlx.core as mx
 from metal_executor import ASCENDING, MetalKernelError
 from mlx_lm.models import gated_delta
+from stand_ins import stand_in
 from treeflash_mlx import hybrid, metal_kernels
 from treeflash_mlx.metal_kernels import gated_delta as kernels
 
@@ -151,14 +152,12 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_a_fault_in_the_kernel_is_noticed(metal, monkeypatch, recwarn, fault):
     """By the executor, or by the check at load."""
-    metal.schedules = (ASCENDING,)  # the others are slow
-    right, wrong = FAULTS[fault]
-    assert right in kernels.WALK
-    monkeypatch.setattr(kernels, "WALK", kernels.WALK.replace(right, wrong))
-    metal.speedup = lambda *_: 2.0
+    metal.schedules, metal.speedup = (ASCENDING,), lambda *_: 2.0  # the others are slow
+    assert fault[0] in kernels.WALK
+    stand_in(monkeypatch, kernels, WALK=kernels.WALK.replace(*fault))
     try:
         assert not hybrid.delta_kernel_wins(*SHAPE)
     except MetalKernelError:
@@ -179,16 +178,16 @@ def test_the_kernel_runs_where_it_wins(metal, recwarn):
     assert not recwarn.list
 
 
-def test_a_contracted_kernel_is_right_and_has_other_bits(metal, monkeypatch, recwarn):
+def test_a_contracted_kernel_is_right_and_has_other_bits(metal, recwarn):
     """A compiler decides whether a product and a sum are rounded once or twice."""
     twice = "state[i] + static_cast<float>(k[keys + i]) * delta;"
-    assert twice in kernels.WALK
     once = "fma(static_cast<float>(k[keys + i]), delta, state[i]);"
-    monkeypatch.setattr(kernels, "WALK", kernels.WALK.replace(twice, once))
+    metal.faults.append(("treeflash_gated_delta", twice, once))
     metal.speedup = lambda *_: 2.0
     assert hybrid.delta_kernel_wins(*SHAPE)
     (verdict,) = metal_kernels.VERDICTS["gated delta nets on trees, 2 heads of 8 x 32"].values()
     assert verdict == "used, 2.00 times as fast as MLX's operation, other bits"
+    assert metal.planted
     assert not recwarn.list
 
 

@@ -6,11 +6,10 @@ import mlx_lm.models.gated_delta as gated_delta
 import numpy as np
 import pytest
 
-from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.config import LoadConfig
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.testing import require
-from treeflash.testing.comparisons import steps_of, tokens_of
 from treeflash.testing.models import write_target
 
 require("mlx.core")
@@ -19,6 +18,8 @@ require("mlx_lm")
 import mlx.core as mx
 import mlx_lm.models.ssm as ssm
 from metal_executor import DESCENDING, MetalKernelError, install, require_compiler
+from recordings import recording
+from stand_ins import stand_in
 from treeflash_mlx import backend as backend_module
 from treeflash_mlx import hybrid, metal_kernels
 from treeflash_mlx.backend import load
@@ -57,18 +58,12 @@ def test_substitution_equals_rounds(metal, rng, heads, nodes, width):
     assert metal.launches == {"treeflash_substitution": 1}
 
 
-def test_the_substitution_kernel_is_made_once(metal, rng, monkeypatch):
+def test_the_substitution_kernel_is_made_once(metal, rng):
     """MLX would look up its source in every layer of every pass."""
-    made, make = [], mx.fast.metal_kernel
-
-    def count(name, *args, **kwargs):
-        made.append(name)
-        return make(name, *args, **kwargs)
-
-    monkeypatch.setattr(mx.fast, "metal_kernel", count)
-    for nodes in (3, 4):
-        solve_both(rng, 2, nodes, 8)
-    assert made == ["treeflash_substitution"]
+    with recording(mx.fast, "metal_kernel") as made:
+        for nodes in (3, 4):
+            solve_both(rng, 2, nodes, 8)
+    assert [name for name, *_ in made] == ["treeflash_substitution"]
 
 
 def test_substitution_takes_views(metal, rng):
@@ -105,12 +100,10 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_the_substitution_is_noticed(metal, fault):
+@pytest.mark.parametrize(("right", "wrong", "reason"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_in_the_substitution_is_noticed(metal, right, wrong, reason):
     """By the executor, or by the check of the solver at load."""
     metal.max_seconds = 0.3
-    right, wrong, reason = FAULTS[fault]
-    assert right in hybrid.SUBSTITUTION
     metal.faults.append(("treeflash_substitution", right, wrong))
     if reason:
         with pytest.raises(MetalKernelError, match=reason):
@@ -118,6 +111,7 @@ def test_a_fault_in_the_substitution_is_noticed(metal, fault):
     else:
         with pytest.warns(UserWarning, match="without their Metal kernel"):
             assert hybrid.choose_solver() is hybrid.solve_by_rounds
+    assert metal.planted
 
 
 # --------------------------------------------------------------------------- kernels of mlx-lm
@@ -182,60 +176,6 @@ def test_the_ssm_kernel_equals_operations(metal, rng):
 # ---------------------------------------------------------------- whole models, as on a Mac
 
 
-@pytest.fixture
-def hybrid_pair(hybrid_pair_of):
-    """A tiny Qwen3.5 target whose key heads are as wide as mlx-lm's kernel needs, and a drafter."""
-    return hybrid_pair_of("qwen3_5", linear_key_head_dim=32)
-
-
-SAMPLINGS = SamplingConfig(), SamplingConfig(temperature=0.9, seed=7)
-
-
-def generate(backend, sampling, **settings):
-    """(tokens, steps) of a sequence."""
-    config = DecodeConfig(max_tokens=12, sampling=sampling, **settings)
-    steps = steps_of(backend, PROMPT, config)
-    return tokens_of(steps), len(steps)
-
-
-TREE_KERNELS = {  # of trees in hybrid targets, by whether their kernels win
-    1: {"treeflash_substitution"},
-    2: {"treeflash_gated_delta_nodes_by_head", "treeflash_gated_delta_replay_by_head"},
-}
-
-
-# Texts follow from logits and states, which `test_metal_conformance.py` compares.
-@pytest.mark.nightly
-@pytest.mark.parametrize("speedup", [1, 2])
-def test_plain_decoding_by_kernel_equals_drafting_on_trees(
-    executor, hybrid_pair, monkeypatch, speedup
-):
-    """The prompt and plain steps run mlx-lm's kernel, and trees other kernels."""
-    executor.schedules = (DESCENDING,)  # for speed; the kernels' own tests run them under all
-    on_the_cpu = generate(load(*hybrid_pair, LoadConfig()), SAMPLINGS[0], method="ar")[0]
-    with monkeypatch.context() as patch:
-        executor.speedup = lambda *_: speedup
-        install(executor, patch)
-        backend = load(*hybrid_pair, LoadConfig())
-        assert backend.device == "gpu"
-        for sampling in SAMPLINGS:
-            executor.launches.clear()
-            plain, _ = generate(backend, sampling, method="ar")
-            assert executor.launches.keys() == {"gated_delta_step"}
-            assert executor.launches["gated_delta_step"] >= 24
-            if sampling is SAMPLINGS[0]:
-                assert plain == on_the_cpu
-            executor.launches.clear()
-            drafted, steps = generate(backend, sampling, method="treeflash", budget=16)
-            assert drafted == plain
-            assert len(plain) / steps > 1.1
-            assert executor.launches.pop("gated_delta_step") < 20
-            assert executor.launches.keys() == TREE_KERNELS[speedup]
-            assert min(executor.launches.values()) > 10
-    assert not mx.metal.is_available()
-    assert gated_delta._gated_delta_kernel is None
-
-
 def test_tiny_targets_with_mamba_2_run_mlx_lms_kernel(executor, tmp_path, monkeypatch):
     """It leaves states of other widths than a multiple of 32 unwritten."""
     executor.schedules = (DESCENDING,)
@@ -263,13 +203,16 @@ def test_every_kernel_is_checked_without_a_model(metal, monkeypatch):
     """A wrong kernel is named, with its error."""
     metal.schedules = (DESCENDING,)
     metal.speedup = lambda *_: 2
-    monkeypatch.setattr(attention, "TIMED_COLUMNS", (attention.TIMED_NODES + 1,))
-    monkeypatch.setattr(products, "MANY_OUTPUTS", 1)  # one geometry
-    monkeypatch.setattr(examination, "LAYERS", ((64, 64),))
-    monkeypatch.setattr(examination, "WEIGHTS", examination.WEIGHTS[:3])
-    shapes = (attention.Shape(4, 2, 32, mx.bfloat16),)
-    monkeypatch.setattr(examination, "HEADS", shapes)
-    monkeypatch.setattr(examination, "DELTA_NET", (1, 2, 8, 32, mx.bfloat16, False))
+    stand_in(monkeypatch, attention, TIMED_COLUMNS=(attention.TIMED_NODES + 1,))
+    stand_in(monkeypatch, products, MANY_OUTPUTS=1)  # one geometry
+    stand_in(
+        monkeypatch,
+        examination,
+        LAYERS=((64, 64),),
+        WEIGHTS=examination.WEIGHTS[:3],
+        HEADS=(attention.Shape(4, 2, 32, mx.bfloat16),),
+        DELTA_NET=(1, 2, 8, 32, mx.bfloat16, False),
+    )
     metal.faults.append(("treeflash_attention_merge", "factor =", "factor = 1.0f +"))
     with pytest.warns(UserWarning, match="attention of draft trees run without"):
         kernels = backend_module.examine_device(LoadConfig()).kernels

@@ -1,24 +1,22 @@
 """Products of few rows: the Metal kernels, and how they are chosen."""
 
 import warnings
+from collections import Counter
 
 import pytest
 from recordings import recording
 
-from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.diagnosis import check_device
 from treeflash.testing import require
-from treeflash.testing.comparisons import generate
 
 require("mlx.core")
 require("mlx_lm")
 
 import mlx.core as mx
-from metal_executor import ASCENDING, DESCENDING, MetalKernelError, install
+from metal_executor import DESCENDING
 from metal_executor.installation import MAX_THREADS
 from mlx import nn
+from stand_ins import stand_in
 from treeflash_mlx import metal_kernels
-from treeflash_mlx.backend import load
 from treeflash_mlx.metal_kernels import products
 from treeflash_mlx.metal_kernels import speedup as time_chains
 from treeflash_mlx.metal_kernels.products import Geometry
@@ -30,8 +28,7 @@ SUMS = KERNEL + "_sums"
 @pytest.fixture
 def _one_geometry(monkeypatch):
     """Let a single geometry be timed for every layer."""
-    monkeypatch.setattr(products, "MANY_OUTPUTS", 1)
-    monkeypatch.setattr(products, "SCALED_SUMS_ROWS", 0)
+    stand_in(monkeypatch, products, MANY_OUTPUTS=1, SCALED_SUMS_ROWS=0)
 
 
 def layer(bits, group, dtype, outputs=40, width=128, bias=False):
@@ -175,35 +172,25 @@ CASES = [
 @pytest.mark.parametrize(
     ("right", "wrong", "bits", "rows", "dtype"), CASES, ids=[*FAULTS, *UNQUANTISED_FAULTS]
 )
-def test_a_fault_in_the_kernel_is_noticed(metal, recwarn, right, wrong, bits, rows, dtype):
-    """By the executor, or by the check at load."""
-    metal.schedules = (ASCENDING,)  # the others are slow
-    text = products.source(quantised=bits < 16)
-    assert right in text
-    metal.faults.append(("treeflash_products", right, wrong))
-    try:
-        assert products.fastest([layer(bits, 64, dtype)], rows) is None
-    except MetalKernelError:
-        return
-    assert "few rows run without their Metal kernel: its rel" in str(recwarn.pop().message)
+def test_a_fault_in_the_kernel_is_noticed(finds_fault, right, wrong, bits, rows, dtype):
+    assert finds_fault(
+        "treeflash_products",
+        *(right, wrong, lambda: products.fastest([layer(bits, 64, dtype)], rows) is None),
+        "few rows run without their Metal kernel: its rel",
+    )
 
 
 @pytest.mark.parametrize(("right", "wrong"), SUMS_FAULTS.values(), ids=SUMS_FAULTS)
-def test_a_fault_in_scaled_sums_is_noticed(metal, recwarn, right, wrong):
+def test_a_fault_in_scaled_sums_is_noticed(metal, finds_fault, right, wrong):
     """The variant is left out, and others are used. Some simdgroups have two groups."""
-    metal.schedules = (ASCENDING,)  # the others are slow
-    assert right in products.source(quantised=True, scaled_sums=True)
-    metal.faults.append((SUMS, right, wrong))
     metal.speedup = lambda *_: 2
-    try:
+
+    def leaves_it_out():
         found = products.fastest([layer(4, 64, mx.float32, width=640)], 9)
-    except MetalKernelError:
-        return
-    assert found is not None
-    assert not found.scaled_sums
-    assert "never run with 32 outputs, 8 simdgroups, scaled sums: its rel" in str(
-        recwarn.pop().message
-    )
+        return found is not None and not found.scaled_sums
+
+    says = "never run with 32 outputs, 8 simdgroups, scaled sums: its rel"
+    assert finds_fault(SUMS, right, wrong, leaves_it_out, says)
 
 
 @pytest.mark.usefixtures("_one_geometry")
@@ -369,41 +356,18 @@ def test_chains_of_calls_are_compared():
 
 
 @pytest.mark.usefixtures("_one_geometry")
-def test_few_calls_are_timed_for_an_output_head(metal, monkeypatch):
+def test_few_calls_are_timed_for_an_output_head(metal):
     """Its calls are so long that more of them would take seconds."""
-    metal.speedup = time_chains
+    timed, module = [], layer(4, 64, mx.float32)
+    metal.speedup = lambda *given: timed.append(given) or 1.0
+    products.fastest([module], 5)
+    assert timed[0][3:] == (module.weight.nbytes,)
     calls = []
-    monkeypatch.setattr(products, "multiply", lambda _, x, __: calls.append(0) or plain(_, x))
-    plain, small = products.multiply_plainly, layer(4, 64, mx.float32)
-    products.fastest([small], 5)
-    many = len(calls)
-    monkeypatch.setattr(metal_kernels, "LONG_BYTES", small.weight.nbytes)
-    products.fastest([small], 5)
-    assert many == 1 + metal_kernels.CALLS * (1 + metal_kernels.ROUNDS)  # one shows the error
-    assert len(calls) - many == 1 + metal_kernels.LONG_CALLS * (1 + metal_kernels.LONG_ROUNDS)
-
-
-# `test_metal_conformance.py` decodes with this kernel, too.
-@pytest.mark.nightly
-@pytest.mark.usefixtures("_one_geometry")
-def test_decoding_with_the_kernel_equals_decoding_without(executor, quantised_pair, monkeypatch):
-    """In the target, its output head and the drafter."""
-    settings, executor.schedules = LoadConfig(draft_bits=4), (DESCENDING,)
-
-    def tokens(backend, **options):
-        config = DecodeConfig(max_tokens=8, **options)
-        return generate(backend, [5, 17, 3], config)
-
-    expected = tokens(load(*quantised_pair, settings), method="ar")
-    with monkeypatch.context() as patch:
-        executor.speedup = lambda *_: 2
-        install(executor, patch)
-        backend = load(*quantised_pair, settings)
-        told = [x.message for x in check_device(backend) if x.check == "kernel"]
-        assert [message.partition(",")[0] for message in told] == [
-            *["products of few rows"] * 4, "attention of draft trees"
-        ]  # fmt: skip
-        assert "products of few rows, 64 x 128 in 4 bits: 5 rows used, 2.00 times as" in told[0]
-        executor.launches.clear()
-        assert tokens(backend, method="treeflash", budget=8) == expected
-        assert executor.launches[KERNEL] > 20
+    for nbytes in (0, metal_kernels.LONG_BYTES):
+        time_chains(
+            lambda x, _, of=nbytes: calls.append(of) or x, lambda x, _: x, mx.array(0), nbytes
+        )
+    assert Counter(calls) == {
+        0: metal_kernels.CALLS * (1 + metal_kernels.ROUNDS),
+        metal_kernels.LONG_BYTES: metal_kernels.LONG_CALLS * (1 + metal_kernels.LONG_ROUNDS),
+    }

@@ -105,6 +105,7 @@ class MetalExecutor:
         speedup: stands for `treeflash_mlx.metal_kernels.speedup`, for times here tell nothing.
         faults: texts that are planted in kernels: the beginning of their names, the right text and
             the wrong one.
+        planted: whether a kernel had one of them.
     """
 
     folder: Path
@@ -115,6 +116,7 @@ class MetalExecutor:
     rounding: Mapping[mx.Dtype, float] = field(default_factory=lambda: defaultdict(float))
     speedup: Callable[..., float] = lambda *_: 1.0
     faults: list[tuple[str, str, str]] = field(default_factory=list)
+    planted: bool = False
 
     def __post_init__(self) -> None:
         self.compiler = Compiler(self.folder)
@@ -123,8 +125,8 @@ class MetalExecutor:
         """Return the source of a kernel, with the faults that are planted in it."""
         source = kernel.source
         for name, right, wrong in self.faults:
-            if kernel.name.startswith(name):
-                source = source.replace(right, wrong)
+            if kernel.name.startswith(name) and right in source:
+                source, self.planted = source.replace(right, wrong), True
         return source
 
     def metal_kernel(

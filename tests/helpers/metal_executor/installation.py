@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import mlx.core as mx
 import pytest
+from stand_ins import stand_in
 from treeflash_mlx import hybrid, metal_kernels
 from treeflash_mlx.metal_kernels import attention
 from treeflash_mlx.metal_kernels.verdicts import KeptVerdicts
@@ -45,22 +46,29 @@ def install(
     """
     importlib.import_module("mlx_lm.generate")  # makes a stream of the default device
     imported = [importlib.import_module(name) for name in modules]
-    patch.setattr(mx.metal, "is_available", lambda: True)
-    patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    patch.setattr(mx, "device_info", lambda *_: dict(DEVICE_INFO))
-    patch.setattr(mx, "set_wired_limit", lambda _: 0)
-    patch.setattr(mx.fast, "metal_kernel", executor.metal_kernel)
-    patch.setattr(metal_kernels, "speedup", lambda *timed: executor.speedup(*timed))
-    patch.setattr(metal_kernels, "VERDICTS", {})
-    patch.setattr(metal_kernels, "MESSAGES", {})
-    patch.setattr(metal_kernels, "kept_verdicts", lambda: KeptVerdicts(None))
+    stand_in(patch, mx.metal, is_available=lambda: True)
+    stand_in(
+        patch,
+        mx,
+        default_device=lambda: mx.Device(mx.gpu),
+        device_info=lambda *_: dict(DEVICE_INFO),
+        set_wired_limit=lambda _: 0,
+    )
+    stand_in(patch, mx.fast, metal_kernel=executor.metal_kernel)
+    stand_in(
+        patch,
+        metal_kernels,
+        speedup=lambda *timed: executor.speedup(*timed),
+        VERDICTS={},
+        MESSAGES={},
+        kept_verdicts=lambda: KeptVerdicts(None),
+    )
     executor.max_threads = MAX_THREADS
     hybrid.delta_kernel_wins.cache_clear()
     attention.winning_columns.cache_clear()
     attention.exact_columns.cache_clear()
     for module in imported:
-        for name, kernel in kernels_of(module).items():
-            patch.setattr(module, name, kernel)
+        stand_in(patch, module, **kernels_of(module))
 
 
 def kernels_of(module: types.ModuleType) -> dict[str, MetalKernel]:

@@ -1,4 +1,6 @@
-"""Recurrent heads against the layers that they were trained as."""
+"""Parts of drafters' heads against what they stand for."""
+
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +11,9 @@ require("torch")
 import torch
 from torch import nn
 from treeflash_cuda.backend import load
+from treeflash_cuda.drafter_loading import pack_drafter
+from treeflash_cuda.drafter_operations import Experts
+from treeflash_cuda.operations import Operations
 
 from treeflash.config import LoadConfig
 from treeflash.drafters.heads.operations import Slots
@@ -38,3 +43,22 @@ def test_the_state_of_domino_is_that_of_a_gru(domino):
         state, queries = cell.step(slots, state, tokens[:, step], step)
         torch.testing.assert_close(state, expected[:, step])
         assert bool(queries.any()) == (step + 1 >= config.head_from_depth)
+
+
+@torch.inference_mode()
+def test_experts_of_heads_compute_what_a_loop_over_experts_does():
+    """One expert of five has no rows."""
+    torch.manual_seed(0)
+    experts = Experts(size=12, width=8, count=5)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    chosen = torch.tensor([[0, 3], [3, 4], [1, 0], [3, 1]])
+    x, weights = torch.randn(4, 12), torch.rand(4, 2)
+    expected = experts(x, chosen, weights)
+    layer = nn.ModuleList([experts])
+    layer.operations = Operations()  # as a drafter has them on a GPU
+    pack_drafter(
+        layer, None, SimpleNamespace(dtype=torch.float32, device=experts.gate_proj.device), None
+    )
+    assert experts.operations is layer.operations
+    torch.testing.assert_close(experts(x, chosen, weights), expected)
