@@ -5,10 +5,12 @@ import re
 import time
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 from endless_pair import endless_pair
 from failures import failing
+from stand_ins import stand_in
 
 from treeflash.config import METHODS, LoadConfig
 from treeflash.testing import require
@@ -18,6 +20,7 @@ require("torch")
 
 from parts import load_with_parts
 from treeflash_cuda.backend import load
+from treeflash_cuda.gpu import graphs, row_pass
 
 
 @pytest.fixture
@@ -28,6 +31,12 @@ def judge(module):
 @pytest.fixture
 def tiny(tmp_path):
     return load(*write_pair(tmp_path / "tiny", "qwen3"), LoadConfig(device="cpu", dtype="float32"))
+
+
+@pytest.fixture
+def two_parts(judge, monkeypatch):
+    """Let a report have two parts."""
+    stand_in(monkeypatch, judge, PARTS={"machine": judge.machine, "speed": judge.speed})
 
 
 @pytest.fixture
@@ -124,9 +133,9 @@ def test_every_text_is_decoded_in_every_measured_iteration(judge, tiny, monkeypa
     assert counts == [10] * (judge.WARM_UP + judge.MEASURED)
 
 
-def test_calls_of_an_iteration_have_times_of_the_devices_clock(judge, tiny, monkeypatch):
+def test_calls_of_an_iteration_have_times_of_the_devices_clock(judge, monkeypatch):
     """Work that a call leaves to the device counts where it was asked for."""
-    backend, now, took = tiny, [0.0], {"draft": 3.0, "transitions": 5.0, "run": 7.0, "commit": 2.0}
+    now = [0.0]
 
     class Event:
         def __init__(self, enable_timing):
@@ -138,37 +147,34 @@ def test_calls_of_an_iteration_have_times_of_the_devices_clock(judge, tiny, monk
         def elapsed_time(self, later):
             return later.at - self.at
 
-    def taking(ms, call):
-        def call_later(*args):
-            now[0] += ms
-            return call(*args)
+    def taking(ms):
+        return lambda: now.append(now.pop() + ms)
 
-        return call_later
-
-    for role in (backend.drafter, backend.head, backend.verifier):
-        for name in took.keys() & set(dir(role)):
-            monkeypatch.setattr(role, name, taking(took[name], getattr(role, name)))
     monkeypatch.setattr("torch.cuda.Event", Event)
+    drafter, head = SimpleNamespace(draft=taking(3.0)), SimpleNamespace(transitions=taking(5.0))
+    verifier = SimpleNamespace(run=taking(7.0), commit=taking(2.0))
+
+    def iterate():
+        drafter.draft(), head.transitions(), verifier.run(), verifier.commit()
+
     clock = judge.DeviceClock()
-    scheduler = judge.start_texts(backend, 2, judge.DecodeConfig(budget=8, max_tokens=20))
-    with clock.watch(backend):
-        scheduler.step()
+    with clock.watch(SimpleNamespace(drafter=drafter, head=head, verifier=verifier)):
+        iterate()
         clock.read()
-        scheduler.step()
+        iterate()
         found = clock.read()
     assert found == {
         **{"draft_device_ms": 3.0, "tables_device_ms": 5.0},
         **{"verify_device_ms": 7.0, "commit_device_ms": 2.0},
     }
-    scheduler.step()
+    iterate()
     assert clock.read() == {}
-    scheduler.close()
 
 
 def test_rows_beyond_the_largest_graph_are_measured_in_one_graph_too(judge, tmp_path, monkeypatch):
-    monkeypatch.setattr("treeflash_cuda.gpu.graphs.GRAPH_ROWS", (1, 4, 8))
-    monkeypatch.setattr("treeflash_cuda.gpu.row_pass.MAX_ROWS", 8)
-    monkeypatch.setattr(judge, "WIDE_NODES", 4)
+    stand_in(monkeypatch, graphs, GRAPH_ROWS=(1, 4, 8))
+    stand_in(monkeypatch, row_pass, MAX_ROWS=8)
+    stand_in(monkeypatch, judge, WIDE_NODES=4)
     write_target(tmp_path, "qwen3", seed=1)
     backend = load_with_parts(monkeypatch, tmp_path)
     rows = judge.wide_rows(backend, 1)
@@ -177,10 +183,8 @@ def test_rows_beyond_the_largest_graph_are_measured_in_one_graph_too(judge, tmp_
     assert {shapes[0][0] for _, (_, shapes, _), _ in backend.target.graphs.keys} >= {4, 8, 12}
 
 
-def test_every_part_is_in_the_report(
-    module, judge, options, tmp_path, in_this_process, monkeypatch, capsys
-):
-    monkeypatch.setattr(judge, "PARTS", {"machine": judge.machine, "speed": judge.speed})
+@pytest.mark.usefixtures("two_parts", "in_this_process")
+def test_every_part_is_in_the_report(module, options, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_CACHE_DIR", "cache")
     monkeypatch.setenv("NVIDIA_API_KEY", "secret")
     path = tmp_path / "report.json"
@@ -201,10 +205,8 @@ def test_every_part_is_in_the_report(
     assert f"{len(report['problems'])} problem(s)" in printed
 
 
-def test_a_target_that_cannot_be_located_leaves_the_other_parts(
-    module, judge, tmp_path, in_this_process, monkeypatch
-):
-    monkeypatch.setattr(judge, "PARTS", {"machine": judge.machine, "speed": judge.speed})
+@pytest.mark.usefixtures("two_parts", "in_this_process")
+def test_a_target_that_cannot_be_located_leaves_the_other_parts(module, tmp_path):
     path = tmp_path / "report.json"
     missing = ["--target", str(tmp_path / "missing"), "--device", "cpu"]
     module("device_report").main(["--backend", "cuda", *missing, "--json", str(path)])

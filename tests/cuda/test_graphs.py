@@ -3,20 +3,23 @@
 `test_graph_store.py` has the graphs of these functions.
 """
 
-from itertools import product
+from itertools import count, product
 
 import numpy as np
 import pytest
 from failures import failing
 from mtp_pairs import write_mtp_pair, write_peagle_pair
-from parts import load_with_parts
+from parts import UncapturedGraphs, load_with_parts
+from recordings import recording
 
-from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.decoding.adaptive_budget import AdaptiveBudget
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
 from treeflash.decoding.sampling import Noise, SamplingParams
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
+from treeflash.testing.comparisons import steps_of
 from treeflash.testing.models import write_dialect, write_drafter, write_target
 from treeflash.testing.trees import noise_of_depths
 
@@ -196,6 +199,21 @@ def test_what_is_warm_captures_nothing_later(backend):
     backend.drafter.draft([(states[0], 1)])
     assert {x for x in graphs.keys if x[0] == "the target"} <= warm
     assert len(graphs.keys - warm) <= 1  # a draft after long prompts
+
+
+def test_iterations_that_capture_a_graph_are_not_measured(backend):
+    numbers, config = count(), DecodeConfig(budget="auto", max_tokens=6)
+
+    class Capturing(UncapturedGraphs):
+        captures = property(lambda _: next(numbers))
+
+    with recording(AdaptiveBudget, "observe") as measured:
+        steps_of(backend, [3, 4, 5], config)
+    assert measured
+    backend.target.graphs = Capturing(backend.target.device)
+    with recording(AdaptiveBudget, "observe") as measured:
+        steps_of(backend, [3, 4, 5], config)
+    assert not measured
 
 
 def test_a_warm_up_of_more_sequences_than_memory_has_room_for_goes_on(backend):
