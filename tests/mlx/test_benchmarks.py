@@ -39,7 +39,7 @@ def mac(module, pair, tmp_path):
     return module("mlx_parts").Mac(args, tmp_path, end=time.time() + 600)
 
 
-# Likewise, with a target alone: `test_throughput` goes the same way.
+# Seconds, for parts that change seldom; the next tests look at what parts say.
 @pytest.mark.nightly
 def test_the_target_is_measured(module, mac, monkeypatch):
     parts, part = module("mlx_parts"), module("report").Part("measurements")
@@ -178,7 +178,7 @@ def test_the_text_that_warms_up_is_in_no_figure(module):
     assert all(row[f"{phase}_ms"] == 500 for phase in PHASES[1:])
 
 
-# Likewise.
+# Seconds, for a list of methods.
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["mtp", "eagle3", "none"])
 def test_a_report_measures_what_a_pair_without_a_block_drafter_can_do(module, tmp_path, kind):
