@@ -44,6 +44,14 @@ def test_parts_keep_their_order(encode_images, processor):
     assert encoded.images.is_feature.sum() == 2 * FEATURES
 
 
+def test_every_place_has_its_own_picture(encode_images):
+    def pixels(*pictures):
+        images = encode_images([user(*map(image_part, pictures))]).images.images
+        return [image.inputs["pixels"].tolist() for image in images]
+
+    assert pixels(TWO, ONE) == pixels(TWO) + pixels(ONE)
+
+
 def test_prompts_without_images_do_not_meet_the_processor(encode_images, processor):
     encoded = encode_images([user(text_part("a"), text_part("b"))])
     assert encoded.images is None
