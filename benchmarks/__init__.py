@@ -5,7 +5,7 @@
 - `decoding.budgets`: the budget `auto` against fixed sizes, by prompt set.
 - `decoding.half_precision`: where drafting diverges from plain decoding in half precision.
 - `decoding.quality`: divergence and perplexity of weights of few bits.
-- `decoding.iteration`: the time of an iteration by phase, and of a target forward pass by nodes.
+- `decoding.iteration`: the time of an iteration by phase.
 - `decoding.memory`: memory of the loaded pair, of a sequence, and of many sequences in a row.
 - `throughput`: many sequences at once, beside the batched generation of other packages.
 - `peers`: other systems with the same weights and prompts, each in its own process.

@@ -19,12 +19,10 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 from unittest import mock
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from treeflash.cli.options import add_option
 from treeflash.config import METHODS, Budget, DecodeConfig, Method
@@ -224,19 +222,9 @@ def random_prompt(vocab_size: int, length: int) -> list[int]:
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
-    """Print rows as a table, in a file or pipe as a Markdown table; keys are the columns."""
-    console = Console()
-    if not console.is_terminal:
-        named = [{key.replace("_", " "): value for key, value in row.items()} for row in rows]
-        print(f"{title}\n\n{markdown_table(named)}\n", flush=True)
-        return
-    table = Table(title=title, title_justify="left")
-    for column, value in rows[0].items():
-        justify: Literal["left", "right"] = "left" if isinstance(value, str) else "right"
-        table.add_column(column.replace("_", " "), justify=justify)
-    for row in rows:
-        table.add_row(*(format_cell(value, digits=3) for value in row.values()))
-    console.print(table)
+    """Print rows as a Markdown table; keys are the columns."""
+    named = [{key.replace("_", " "): value for key, value in row.items()} for row in rows]
+    print(f"{title}\n\n{markdown_table(named)}\n", flush=True)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
@@ -246,11 +234,11 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def format_cell(value: Any, digits: int = 2) -> str:
+def format_cell(value: Any) -> str:
     """Format a value for a table."""
     if value is None:
         return ""
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def mean_row(rows: Sequence[Row], case: Row, figures: Sequence[str]) -> Row:

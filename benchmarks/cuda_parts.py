@@ -21,7 +21,6 @@ from benchmarks.common import (
     random_prompt,
     random_tree,
 )
-from benchmarks.decoding.iteration import verify_rows
 from benchmarks.device_parts import (
     SAMPLINGS,
     Device,
@@ -31,6 +30,7 @@ from benchmarks.device_parts import (
     prompt_ids,
     run_command,
     tests,
+    verify_rows,
 )
 from benchmarks.random_pair import SHAPES, write_drafter, write_target
 from benchmarks.report import Part

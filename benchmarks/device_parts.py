@@ -17,10 +17,20 @@ from pathlib import Path
 from shutil import which
 from typing import Any, ClassVar, TypeAlias
 
-from benchmarks.common import ROOT, Row, first_difference, supported_methods
+from benchmarks.common import (
+    ROOT,
+    Row,
+    alternate_ms,
+    first_difference,
+    random_prompt,
+    random_tree,
+    supported_methods,
+)
 from benchmarks.report import LeftOutError, Part
 from treeflash.cli.options import load_model, locate_model
 from treeflash.config import LoadConfig, Method, SamplingConfig
+from treeflash.decoding.interfaces import Backend
+from treeflash.decoding.session import SequenceSession
 from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash.language_model import LanguageModel, LocatedPair
 from treeflash.registry import loader
@@ -210,6 +220,22 @@ def method_rows(
         for phase in PHASES[1:]:
             row[f"{phase}_ms"] = 1000 * sum(g.seconds[phase] for g in found) / max(1, len(lengths))
         rows.append(row)
+    return rows
+
+
+def verify_rows(
+    backend: Backend, contexts: Sequence[int], sizes: Sequence[int], repeats: int
+) -> list[Row]:
+    """Measure the target's forward pass over a random tree, by context and nodes."""
+    rows = []
+    trees = [random_tree(backend.vocab_size, size) for size in sizes]
+    for context in contexts:
+        with SequenceSession(backend, capacity=context + max(sizes)) as session:
+            if context:
+                session.extend(random_prompt(backend.vocab_size, context))
+            calls = [lambda s=session, t=tree: s.verify(t) for tree in trees]
+            for tree, ms in zip(trees, alternate_ms(calls, repeats), strict=True):
+                rows.append({"context": context, "nodes": len(tree), "verify_ms": ms})
     return rows
 
 

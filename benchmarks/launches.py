@@ -16,22 +16,18 @@ models of any size fit. It needs a build of PyTorch with CUDA, and the extra `te
 - `slabs`: allocations that hold the keys and values of all sequences, of target and drafter.
 - `graphs`: CUDA graphs that `--budget auto` captures in `--iterations` iterations of texts of
   `TEXT` tokens, one text after another. Drafts are made up, and so are the tokens of the target.
-- `a server`: the graphs of each function that `--requests` requests capture, at most `PARALLEL` at
-  a time, with random prompts, lengths, sizes of trees and temperatures, from the first one on.
 
 All sequences have the same context, a tree of the same size, and capacity for 2,000 more tokens.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -49,8 +45,8 @@ from benchmarks.common import (
 )
 from benchmarks.random_pair import SHAPES, drafter_config
 from treeflash.cli.console import guarded
-from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.decoding import Request, Scheduler, SchedulerConfig, decode
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
@@ -67,8 +63,6 @@ LAYERS = "treeflash", "transformers"
 """Whose layers the target has."""
 HARNESS = Path(__file__).parents[1] / "tests" / "cuda"
 CAPACITY, TEXT = 2000, 200
-PARALLEL, ARRIVALS = 16, 0.3
-"""Sequences of the server at once, and requests that arrive in an iteration."""
 MEMORY = 80 << 30
 """Bytes that the device has free."""
 
@@ -142,53 +136,10 @@ def count_graphs(backend: Any, iterations: int) -> int:
     """Count the graphs that an adaptive budget captures in a number of iterations."""
     backend.target.graphs.enabled = True
     before, left = backend.captures, iterations
+    request = Request(prompt_ids=[3, 4, 5], config=DecodeConfig(budget="auto", max_tokens=TEXT))
     while left > 0:
-        config = DecodeConfig(budget="auto", max_tokens=TEXT)
-        left -= len(
-            list(
-                itertools.islice(
-                    decode(backend, Request(prompt_ids=[3, 4, 5], config=config)), left
-                )
-            )
-        )
+        left -= len(list(islice(decode(backend, request), left)))
     return int(backend.captures - before)
-
-
-def serve(backend: Any, requests: int) -> list[Row]:
-    """Decode random requests as a server does, and count the graphs of each function."""
-    import torch
-
-    def sample_rows(logits: Any, *_: Any) -> Any:  # stands for the kernel, without a graph
-        return torch.empty(len(logits), dtype=torch.int32, device=logits.device)
-
-    target = backend.target
-    target.operations, target.graphs.enabled = (
-        replace(target.operations, sample_rows=sample_rows),
-        True,
-    )
-    captured = Counter(x.name for x in backend.target.graphs.tried)
-    scheduler = Scheduler(backend, SchedulerConfig(max_parallel=PARALLEL))
-    rng, iterations = np.random.default_rng(0), 0
-    while requests or scheduler.busy:
-        if requests and (rng.random() < ARRIVALS or not scheduler.busy):
-            sampling = SamplingConfig()
-            if rng.random() < 0.5:
-                sampling = SamplingConfig(
-                    temperature=float(rng.uniform(0.2, 1.2)), top_p=float(rng.uniform(0.8, 1))
-                )
-            config = DecodeConfig(
-                budget=int(rng.integers(1, 65)),
-                max_tokens=int(np.exp(rng.uniform(2, 6))),
-                sampling=sampling,
-            )
-            prompt = rng.integers(0, backend.vocab_size, int(np.exp(rng.uniform(2, 8)))).tolist()
-            scheduler.submit(Request(prompt_ids=prompt, config=config))
-            requests -= 1
-        scheduler.step()
-        iterations += 1
-    found = Counter(x.name for x in backend.target.graphs.tried) - captured
-    rows: list[Row] = [{"function": name, "graphs": count} for name, count in found.items()]
-    return [*rows, {"function": f"all, in {iterations} iterations", "graphs": found.total()}]
 
 
 def load_without_weights(shape: dict[str, Any], layers: str) -> Any:
@@ -273,7 +224,6 @@ def parser() -> Parser:
     options.add_number("--nodes", 64, "nodes of each tree")
     options.add_number("--context", 1024, "committed positions of each sequence")
     options.add_number("--iterations", 500, "iterations in which graphs are counted")
-    options.add_number("--requests", 200, "requests of the server")
     return options
 
 
@@ -298,7 +248,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             "iterations": args.iterations,
             "graphs": count_graphs(backend, args.iterations),
         }
-        server = serve(backend, args.requests)
     about = {
         "shape": args.shape,
         "layers": args.layers,
@@ -307,8 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     show("an iteration", found)
     show("graphs of --budget auto", [graphs])
-    show("graphs of a server", server)
-    write_json(args.json, "launches", about | {"rows": found, "auto": graphs, "server": server})
+    write_json(args.json, "launches", about | {"rows": found, "auto": graphs})
     return 0
 
 

@@ -21,7 +21,6 @@ from benchmarks.common import (
     random_tree,
     supported_methods,
 )
-from benchmarks.decoding.iteration import verify_rows
 from benchmarks.device_parts import (
     PROMPTS,
     Device,
@@ -32,6 +31,7 @@ from benchmarks.device_parts import (
     run_command,
     speed,
     tests,
+    verify_rows,
 )
 from benchmarks.report import Part
 from treeflash.config import GIB, LoadConfig, Method

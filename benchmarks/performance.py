@@ -210,9 +210,7 @@ SECTIONS = {
         "--concurrency {concurrency}",
         throughput_tables,
     ),
-    "iteration": Section(
-        f"decoding.iteration {{first}} {PAIR} {{few}} --parts phases", iteration_tables
-    ),
+    "iteration": Section(f"decoding.iteration {{first}} {PAIR} {{few}}", iteration_tables),
     "memory": Section(
         f"decoding.memory {{first}} {PAIR} --max-tokens {{memory_tokens}}", memory_tables
     ),

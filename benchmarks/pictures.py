@@ -1,13 +1,11 @@
-"""The pictures of README: a draft tree, tokens per second by method, a recording, the chat page.
+"""The pictures of README: a draft tree, tokens per second by method, and a recording.
 
     python -m benchmarks.pictures run.json --backend cuda --device cpu --bits 16 [--record]
-    python -m benchmarks.pictures run.json --page http://127.0.0.1:8000
 
-The first command draws `docs/pictures` for light and dark themes: the tree and the recording from
-run.json, which `--record` measures before, the speeds from `docs/performance/results.json`. The
-second opens the page of a running server in Chromium, asks it a question, and keeps what it shows.
-Another run changes nothing but seconds and tokens per second: trees have a fixed budget, because
-`auto` would depend on how fast the machine is.
+It draws `docs/pictures` for light and dark themes: the tree and the recording from run.json, which
+`--record` measures before, the speeds from `docs/performance/results.json`. Another run changes
+nothing but seconds and tokens per second: trees have a fixed budget, because `auto` would depend on
+how fast the machine is.
 """
 
 from __future__ import annotations
@@ -39,7 +37,6 @@ PROMPTS = (
     QUESTION,
 )
 """Questions that are recorded; together their answers take about ten seconds to write."""
-CHROMIUM = "/usr/bin/chromium"
 SPEEDS = {
     ("transformers", "generate"): "transformers",
     ("transformers", "treeflash"): "transformers, with treeflash's drafts",
@@ -59,7 +56,7 @@ FRAMES = 20
 PAUSE = 3.0
 """Seconds for which a recording shows the whole texts before it begins again."""
 TREE_BUDGET = 16
-"""Nodes of drawn trees, and of trees for the photographed answer."""
+"""Nodes of drawn trees."""
 
 
 @dataclass(frozen=True)
@@ -313,28 +310,6 @@ def class_of(seconds: float) -> str:
     return f"t{seconds * 1000:.0f}"
 
 
-def photograph(url: str, folder: Path) -> None:
-    """Ask the page of a server a question, and write what it shows, for each theme."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        for theme in THEMES:
-            page = browser.new_page(
-                viewport={"width": 1000, "height": 640},
-                color_scheme="dark" if theme.name == "dark" else "light",
-            )
-            page.goto(url)
-            while page.locator("#budget-value").inner_text() != str(TREE_BUDGET):
-                page.locator("#budget").press("ArrowRight")
-            page.get_by_placeholder("Message").fill(QUESTION)
-            page.keyboard.press("Enter")
-            page.get_by_text("is_even").first.wait_for(timeout=120_000)
-            page.get_by_role("button", name="Send").wait_for()  # the answer is complete
-            page.screenshot(path=folder / f"page-{theme.name}.png")
-        browser.close()
-
-
 def parser() -> Parser:
     """Build the parser of the command line."""
     options = Parser(__doc__, json=False)
@@ -347,7 +322,6 @@ def parser() -> Parser:
         help="a prompt to record; may be repeated (default: some questions)",
     )
     options.add_number("--max-tokens", 300, "new tokens of an answer")
-    options.add_argument("--page", metavar="URL", help="only photograph this page of a server")
     options.add_argument(
         "--output", type=Path, default=PICTURES, metavar="FOLDER", help="where pictures go"
     )
@@ -357,12 +331,9 @@ def parser() -> Parser:
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Record or photograph, and draw."""
+    """Record, and draw."""
     args = parser().parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    if args.page:
-        photograph(args.page, args.output)
-        return 0
     if args.record:
         model = load_model(args)
         run = record(model, args.prompts or PROMPTS, args.max_tokens)

@@ -37,9 +37,11 @@ roots whose whole block and bonus token are in the text.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,11 +66,6 @@ DEPTHS = 7
 MAX_TOKENS = 2048
 """New tokens at most, in the published table."""
 DTYPE = "bfloat16"
-SETS = (
-    *("gsm8k", "math500", "aime25", "mbpp", "humaneval", "livecodebench"),
-    *("mt_bench", "alpaca", "arena_hard_v2"),
-)
-"""The sets of the table, of 30 to 500 prompts each; only the first turn is answered."""
 
 
 @dataclass(frozen=True)
@@ -82,33 +79,13 @@ class PublishedRow:
     lengths: tuple[float, ...]
 
 
-# Table 1 of DSpark's paper, by target and by the last part of the drafter's hub id at deepseek-ai;
-# the columns are `SETS`.
-TABLE = {
-    "Qwen3-4B": {
-        "eagle3_qwen3_4b_ttt7": (5.14, 4.62, 3.92, 3.69, 4.16, 3.77, 2.39, 2.26, 2.55),
-        "dflash_qwen3_4b_block7": (5.40, 4.85, 4.15, 4.40, 4.74, 4.18, 3.07, 2.96, 2.83),
-        "dspark_qwen3_4b_block7": (6.11, 5.70, 4.89, 5.13, 5.38, 4.86, 3.64, 3.54, 3.29),
-    },
-    "Qwen3-8B": {
-        "eagle3_qwen3_8b_ttt7": (5.30, 4.77, 3.91, 3.96, 4.33, 4.17, 2.66, 2.54, 2.54),
-        "dflash_qwen3_8b_block7": (5.33, 4.91, 4.07, 4.36, 4.64, 4.39, 3.11, 2.98, 2.81),
-        "dspark_qwen3_8b_block7": (6.17, 5.78, 5.01, 5.16, 5.52, 5.17, 3.72, 3.58, 3.21),
-    },
-    "Qwen3-14B": {
-        "eagle3_qwen3_14b_ttt7": (5.24, 4.60, 3.71, 3.81, 4.14, 4.01, 2.62, 2.47, 2.48),
-        "dflash_qwen3_14b_block7": (5.41, 4.84, 3.98, 4.44, 4.59, 4.33, 3.10, 2.94, 2.72),
-        "dspark_qwen3_14b_block7": (6.21, 5.74, 4.94, 5.26, 5.43, 5.02, 3.70, 3.58, 3.13),
-    },
-    "gemma-4-12B-it": {
-        "eagle3_gemma4_12b_ttt7": (5.87, 5.46, 4.83, 4.72, 5.37, 4.16, 3.19, 3.06, 2.72),
-        "dflash_gemma4_12b_block7": (5.45, 5.04, 4.22, 4.39, 4.95, 3.70, 2.98, 2.84, 2.59),
-        "dspark_gemma4_12b_block7": (6.05, 5.78, 5.12, 5.11, 5.64, 4.51, 3.49, 3.35, 2.92),
-    },
-}
+TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+"""Table 1 of DSpark's paper: the sets of its columns, of 30 to 500 prompts each, of which only the
+first turn is answered, and accepted lengths by target and by the last part of the drafter's id."""
+SETS: tuple[str, ...] = tuple(TABLE["sets"])
 ROWS = {
-    name: PublishedRow(target, lengths)
-    for target, drafters in TABLE.items()
+    name: PublishedRow(target, tuple(lengths))
+    for target, drafters in TABLE["lengths"].items()
     for name, lengths in drafters.items()
 }
 

@@ -1,13 +1,10 @@
-"""The time of an iteration by phase, and of a target forward pass by nodes and context.
+"""The time of an iteration by phase, for every method.
 
-    python -m benchmarks.decoding.iteration gsm8k.jsonl [--parts phases,verify]
+    python -m benchmarks.decoding.iteration gsm8k.jsonl [--budgets 16,64] [--json FILE]
 
-- `phases`: milliseconds of an iteration by phase, for every method. Work that a phase leaves
-  running on the device counts towards the next phase that waits for it. `outside` is the share of
-  building trees and committing paths, which lie outside the forward passes of both models.
-- `verify`: milliseconds of a target forward pass by nodes of the tree and committed positions.
-
-All times are medians. Methods take turns with each prompt, and tree sizes with each call.
+Work that a phase leaves running on the device counts towards the next phase that waits for it.
+`outside` is the share of building trees and committing paths, which lie outside the forward passes
+of both models. All times are median milliseconds, and methods take turns with each prompt.
 """
 
 from __future__ import annotations
@@ -20,10 +17,7 @@ from statistics import median
 from benchmarks.common import (
     Parser,
     Row,
-    alternate_ms,
     describe,
-    random_prompt,
-    random_tree,
     read_prompts,
     show,
     write_json,
@@ -34,11 +28,9 @@ from treeflash.config import DecodeConfig, Method, SamplingConfig
 from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.loop import Step
-from treeflash.decoding.session import SequenceSession
 from treeflash.errors import ConfigError
 from treeflash.text.generation import PHASES
 
-PARTS = ("phases", "verify")
 WARM_UP = 2  # steps of a sequence that are not measured: the prefill and the first iteration
 
 
@@ -48,21 +40,8 @@ def parser() -> Parser:
     options.add_prompts(limit=4, max_tokens=64)
     options.add_numbers("--budgets", [16, 64], "nodes of the trees whose phases are timed")
     options.add_decode_options("temperature", "top_p")
-    options.add_numbers("--sizes", [2**n for n in range(10)], "nodes of the trees of `verify`")
-    options.add_numbers("--contexts", [64, 1024, 4096], "committed positions of `verify`")
-    options.add_number("--repeats", 7, "calls per median")
-    options.add_names("--parts", PARTS, "what to measure")
     add_model_options(options)
     return options
-
-
-def check_positions(backend: Backend, contexts: Sequence[int], sizes: Sequence[int]) -> None:
-    """Raise a ConfigError if the largest tree after the longest context has too many positions."""
-    if max(contexts) + max(sizes) > backend.max_positions:
-        raise ConfigError(
-            f"a tree of {max(sizes)} nodes after {max(contexts)} positions exceeds the target's "
-            f"{backend.max_positions} positions; lower --contexts"
-        )
 
 
 def make_cases(backend: Backend, budgets: Sequence[int]) -> list[tuple[Method, int]]:
@@ -107,47 +86,21 @@ def _phase_row(config: DecodeConfig, steps: Sequence[Step]) -> Row:
     }
 
 
-def verify_rows(
-    backend: Backend, contexts: Sequence[int], sizes: Sequence[int], repeats: int
-) -> list[Row]:
-    """Measure the target's forward pass over a random tree, by context and nodes."""
-    rows = []
-    trees = [random_tree(backend.vocab_size, size) for size in sizes]
-    for context in contexts:
-        with SequenceSession(backend, capacity=context + max(sizes)) as session:
-            if context:
-                session.extend(random_prompt(backend.vocab_size, context))
-            calls = [lambda s=session, t=tree: s.verify(t) for tree in trees]
-            for tree, ms in zip(trees, alternate_ms(calls, repeats), strict=True):
-                rows.append({"context": context, "nodes": len(tree), "verify_ms": ms})
-    return rows
-
-
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
     sampling = SamplingConfig(temperature=args.temperature, top_p=args.top_p)
     model = load_model(args)
-    if "verify" in args.parts:
-        check_positions(model.backend, args.contexts, args.sizes)
-    results: dict[str, list[Row]] = {}
-    if "phases" in args.parts:
-        sets = [read_prompts(model.tokenizer, path, args.limit) for path in args.prompts]
-        prompts = list(chain.from_iterable(sets))
-        configs = [
-            DecodeConfig(
-                method=method, budget=budget, max_tokens=args.max_tokens, sampling=sampling
-            )
-            for method, budget in make_cases(model.backend, args.budgets)
-        ]
-        results["phases"] = phase_rows(model.backend, prompts, configs)
-    if "verify" in args.parts:
-        results["verify"] = verify_rows(model.backend, args.contexts, args.sizes, args.repeats)
+    sets = [read_prompts(model.tokenizer, path, args.limit) for path in args.prompts]
+    configs = [
+        DecodeConfig(method=method, budget=budget, max_tokens=args.max_tokens, sampling=sampling)
+        for method, budget in make_cases(model.backend, args.budgets)
+    ]
+    phases = phase_rows(model.backend, list(chain.from_iterable(sets)), configs)
     pair = describe(model.backend)
-    for name, table in results.items():
-        show(f"{name}, {', '.join(pair.values())}", table)
-    write_json(args.json, "iteration", pair | results)
+    show(f"phases, {', '.join(pair.values())}", phases)
+    write_json(args.json, "iteration", pair | {"phases": phases})
     return 0
 
 

@@ -17,7 +17,7 @@ SCRIPTS = {
     "decoding.half_precision": [
         *(*SHORT, "--budgets", "4", "--dtypes", "float32", "--parallel", "2")
     ],
-    "decoding.iteration": [*(*SHORT, "--sizes", "1,3", "--contexts", "2", "--repeats", "1")],
+    "decoding.iteration": [*SHORT, "--budgets", "4"],
     "decoding.memory": ["--sequences", "2", "--max-tokens", "6", "--lengths", "10"],
     "throughput": [*SHORT, "--concurrency", "1,2", "--methods", ",".join(METHODS)],
 }
@@ -57,8 +57,7 @@ def test_a_call_that_leaves_work_waits_for_that_of_an_equal_call(module):
     [
         ("decoding.methods", ["--methods", "ar,foo"], "argument --methods: 'foo' is unknown"),
         ("decoding.methods", ["--budgets", "0"], "--budgets: must be auto, or from 1 to 1024"),
-        ("decoding.iteration", ["--contexts", "2.5"], "argument --contexts: '2.5' is not an"),
-        ("decoding.iteration", ["--contexts", "6000"], "after 6000 positions exceeds the target's"),
+        ("decoding.iteration", ["--budgets", "2.5"], "argument --budgets: '2.5' is not an"),
         ("decoding.memory", ["--json", "/"], "argument --json: cannot write /"),
         ("performance", ["--only", "systems"], "no other system has the backend 'reference'"),
     ],
