@@ -63,6 +63,14 @@ class Running:
     def complete(self, prompt: object = "Hello.", **fields: object) -> httpx.Response:
         return self.post("/v1/completions", {"prompt": prompt, **fields})
 
+    def choices(self, path: str, *, stream: bool = False, **body: object) -> list[dict]:
+        """The choices of a whole answer of OpenAI's APIs, or of all chunks of a stream."""
+        if stream:
+            return [choice for frame in self.frames(path, **body) for choice in frame["choices"]]
+        response = self.post(path, body)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"]
+
     def frames(self, path: str, **body: object) -> list[dict]:
         """The events of a stream, which must end with `[DONE]`."""
         with self.client.stream("POST", path, json={"stream": True, **body}) as response:

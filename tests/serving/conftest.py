@@ -92,25 +92,6 @@ def serve_models(pairs, loads):
 
 
 @pytest.fixture
-def failing(monkeypatch):
-    """Make the next forward pass of a server's first model raise an error."""
-
-    def fail(server, error, times=1):
-        verifier = server.engine.model.backend.verifier
-        run, left = verifier.run, [times]
-
-        def once(work):
-            if left[0]:
-                left[0] -= 1
-                raise error
-            return run(work)
-
-        monkeypatch.setattr(verifier, "run", once)
-
-    return fail
-
-
-@pytest.fixture
 def own_cache(monkeypatch, tmp_path_factory):
     """Keep the hashes of a tiny pair's weights out of the user's cache."""
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -7,19 +7,24 @@ cached tokens that it reports. The text of the recorded assistant is not the tin
 
 from __future__ import annotations
 
+import io
 import json
 import random
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from byte_tokens import SPECIAL
+from recordings import recording
+from rich.console import Console
 from scripted_model import reference_model
 from servers import serving
 from tool_models import tool_tokenizer
 
-from treeflash.config import LoadConfig
+from treeflash.commands.chat import ChatSession
+from treeflash.config import GIB, LoadConfig
 from treeflash.decoding import SchedulerConfig
 from treeflash.decoding.disk_cache import BLOCK
 from treeflash.testing import require
@@ -134,46 +139,42 @@ class Session:
         self.ask()
 
     def body(self, api: str) -> tuple[str, dict]:
-        return self._messages_body() if api == "messages" else self._responses_body()
-
-    def _messages_body(self) -> tuple[str, dict]:
-        messages = []
-        for m in self.messages:
-            if m["role"] == "tool":
-                content = [{"type": "tool_result", "tool_use_id": m["id"], "content": m["text"]}]
-                messages.append({"role": "user", "content": content})
-                continue
-            content = [{"type": "text", "text": m["text"]}]
-            if m["role"] == "assistant":
-                content.insert(0, {"type": "thinking", "thinking": m["reasoning"], "signature": ""})
-            if "call" in m:
-                call = m["call"]
-                fields = {"id": call["id"], "name": call["name"], "input": {"path": call["path"]}}
-                content.append({"type": "tool_use", **fields})
-            messages.append({"role": m["role"], "content": content})
-        tools = [{"name": name, "input_schema": SCHEMA} for name in TOOLS]
-        body = {"system": self.system, "messages": messages, "tools": tools, "max_tokens": 4}
-        return "/v1/messages", body
-
-    def _responses_body(self) -> tuple[str, dict]:
-        items = []
-        for m in self.messages:
-            if m["role"] == "tool":
-                output = {"call_id": m["id"], "output": m["text"]}
-                items.append({"type": "function_call_output", **output})
-                continue
-            if m["role"] == "assistant":
-                content = [{"type": "reasoning_text", "text": m["reasoning"]}]
-                items.append({"type": "reasoning", "summary": [], "content": content})
-            items.append({"type": "message", "role": m["role"], "content": m["text"]})
-            if "call" in m:
-                call = m["call"]
-                arguments = json.dumps({"path": call["path"]})
-                fields = {"call_id": call["id"], "name": call["name"], "arguments": arguments}
-                items.append({"type": "function_call", **fields})
+        """The request of the next turn."""
+        if api == "messages":
+            tools = [{"name": name, "input_schema": SCHEMA} for name in TOOLS]
+            body = {"system": self.system, "messages": list(map(anthropic_message, self.messages))}
+            return "/v1/messages", {**body, "tools": tools, "max_tokens": 4}
         tools = [{"type": "function", "name": name, "parameters": SCHEMA} for name in TOOLS]
+        items = [item for message in self.messages for item in response_items(message)]
         body = {"instructions": self.system, "input": items, "tools": tools}
         return "/v1/responses", {**body, "max_output_tokens": 4}
+
+
+def anthropic_message(m: dict) -> dict:
+    if m["role"] == "tool":
+        result = {"type": "tool_result", "tool_use_id": m["id"], "content": m["text"]}
+        return {"role": "user", "content": [result]}
+    content = [{"type": "text", "text": m["text"]}]
+    if m["role"] == "assistant":
+        content.insert(0, {"type": "thinking", "thinking": m["reasoning"], "signature": ""})
+    if "call" in m:
+        call = {**m["call"], "input": {"path": m["call"]["path"]}}
+        content.append({"type": "tool_use", **{x: call[x] for x in ("id", "name", "input")}})
+    return {"role": m["role"], "content": content}
+
+
+def response_items(m: dict) -> Iterator[dict]:
+    if m["role"] == "tool":
+        yield {"type": "function_call_output", "call_id": m["id"], "output": m["text"]}
+        return
+    if m["role"] == "assistant":
+        content = [{"type": "reasoning_text", "text": m["reasoning"]}]
+        yield {"type": "reasoning", "summary": [], "content": content}
+    yield {"type": "message", "role": m["role"], "content": m["text"]}
+    if "call" in m:
+        arguments = json.dumps({"path": m["call"]["path"]})
+        called = {"call_id": m["call"]["id"], "name": m["call"]["name"], "arguments": arguments}
+        yield {"type": "function_call", **called}
 
 
 SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}}
@@ -197,15 +198,8 @@ class Client:
     @contextmanager
     def connected(self, model, interval=SHORT_INTERVAL, **settings):
         with serving(model, **settings) as self.server:
-            engine, submit = self.server.engine, self.server.engine.submit
-            scheduler = engine.scheduler
+            scheduler = self.server.engine.scheduler
             scheduler.config = replace(scheduler.config, snapshot_interval=interval)
-
-            def record(answers, **kwargs):
-                self.prompts.append(answers[0].prompt_ids)
-                return submit(answers, **kwargs)
-
-            engine.submit = record
             yield self
 
     def send(self, session: Session, *, lost: int = 1) -> tuple[int, int]:
@@ -215,10 +209,13 @@ class Client:
         prompt always is.
         """
         path, body = session.body(self.api)
-        response = self.server.post(path, body)
+        with recording(self.server.engine, "submit") as submitted:
+            response = self.server.post(path, body)
         assert response.status_code == 200, response.text
         usage = response.json()["usage"]
-        prompt = self.prompts[-1]
+        (((answer,),),) = submitted
+        prompt = answer.prompt_ids
+        self.prompts.append(prompt)
         if self.api == "messages":
             cached = usage["cache_read_input_tokens"]
             disk = usage.get("disk_cache_read_input_tokens", 0)
@@ -324,3 +321,18 @@ def test_a_session_goes_on_after_a_restart(agent_model, api, tmp_path):
             assert f"{counted} {float(disk)}" in metrics
             session.go_on()
             assert client.send(session)[1] == 0
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_conversation_in_the_terminal_goes_on(model, tmp_path):
+    answers = []
+    for restored in (False, True):
+        disk = model.disk_cache(tmp_path, GIB)
+        console = Console(file=io.StringIO())
+        talked = ChatSession(model, {"max_tokens": 8, "seed": 1}, console, disk=disk)
+        talked.reply("A long question. " * 20)
+        talked.close()
+        first = talked.answer.chunks[0].step
+        assert (first.disk_tokens >= 256) == restored
+        answers.append(talked.messages[-1]["content"])
+    assert answers[0] == answers[1]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from scripted_model import reference_model
 from servers import Gate, serving, wait_until
 from stub_images import StubProcessor, base64_of, picture, url_of
 
@@ -68,14 +67,21 @@ def open_page(browser):
     assert not problems, problems
 
 
+@pytest.fixture
+def page(server, open_page):
+    return open_page(server.url)
+
+
 def shot(page, name):
     if SCREENSHOTS:
         page.screenshot(path=f"{SCREENSHOTS}/{name}.png", full_page=True)
 
 
-def ask(page, text):
-    page.get_by_label("Message").fill(text)
-    page.keyboard.press("Enter")
+def ask(page, text, *tokens):
+    """Send a message and wait for the answer: the server's, or these tokens."""
+    if tokens:
+        fake(page, *tokens)
+    send(page, text)
     page.get_by_role("button", name="Send").wait_for(timeout=60_000)
 
 
@@ -90,6 +96,41 @@ def fake(page, *tokens):
             tree |= {"nodes": nodes, "parents": parents, "path": [0, 1]}
         trees.append(tree)
     answer_with(page, trees)
+
+
+def sent_by(page):
+    """The bodies of requests for answers, which grows."""
+    sent = []
+    page.on("request", lambda x: sent.append(x.post_data_json) if x.method == "POST" else None)
+    return sent
+
+
+def refuse(page):
+    error = {"error": {"message": "the queue is full"}}
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=429, json=error))
+
+
+def send(page, text="Hi"):
+    """Send a message without waiting for the answer."""
+    page.get_by_label("Message").fill(text)
+    page.keyboard.press("Enter")
+
+
+def choose(page, content):
+    """Choose a file with an image, and wait until it is shown."""
+    files = [{"name": "a.png", "mimeType": "image/png", "buffer": content}]
+    page.locator("#files").set_input_files(files)
+    page.locator("#images img").wait_for()
+
+
+def allow_clipboard(page):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+
+
+def overflow(page):
+    """How many pixels the page is wider than its window."""
+    element = "document.documentElement"
+    return page.evaluate(f"{element}.scrollWidth - {element}.clientWidth")
 
 
 CHAIN = {"nodes": ["a", "b"], "parents": [-1, 0], "path": [0, 1]}
@@ -126,8 +167,7 @@ def test_a_choice_of_models(serve_models, loads, open_page):
     sync_api.expect(choice).to_have_value("two")
 
 
-def test_a_chat(server, open_page):
-    page = open_page(server.url)
+def test_a_chat(page):
     sync_api.expect(page.locator("#model")).to_have_text("tiny")
     page.get_by_label("Compare with plain").check()
     page.locator("#length").evaluate("x => { x.value = 32; }")  # room for both answers
@@ -148,10 +188,8 @@ def test_a_chat(server, open_page):
     assert page.locator("#tree-speed").inner_text() == "\u2013"
 
 
-def test_hostile_text_is_shown_as_text(server, open_page):
-    page = open_page(server.url)
-    fake(page, "A", HOSTILE, " z")
-    ask(page, HOSTILE)
+def test_hostile_text_is_shown_as_text(page):
+    ask(page, HOSTILE, "A", HOSTILE, " z")
     assert page.title() == "treeflash"
     assert page.locator("#log img, #log script, #tree img").count() == 0
     assert page.locator(".assistant .tokens").inner_text().endswith(f"A{HOSTILE} z")
@@ -167,11 +205,9 @@ TABLE = "| a | b |\n| - | - |\n| 1 | 2 |"
 MARKDOWN = f"# Rivers\n\n{TABLE}\n\n- **Rhine**\n- {LINK}\n- 3 \\* 4\n{AS_WRITTEN}\n"
 
 
-def test_markdown_and_copy(server, open_page):
-    page = open_page(server.url)
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    fake(page, *(MARKDOWN[i : i + 9] for i in range(0, len(MARKDOWN), 9)))
-    ask(page, "Hi")
+def test_markdown_and_copy(page):
+    allow_clipboard(page)
+    ask(page, "Hi", *(MARKDOWN[i : i + 9] for i in range(0, len(MARKDOWN), 9)))
     assert not page.locator(".formatted").is_visible()
     page.get_by_label("Show Markdown").check()
     formatted = page.locator(".formatted")
@@ -187,9 +223,8 @@ def test_markdown_and_copy(server, open_page):
     assert page.evaluate("navigator.clipboard.readText()") == MARKDOWN
 
 
-def test_thoughts_are_not_copied(server, open_page):
-    page = open_page(server.url)
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+def test_thoughts_are_not_copied(page):
+    allow_clipboard(page)
     tokens = ["<b>First", ", think.", "# Rhine"]
     trees = [{"iteration": i, "seconds": 0.01, "tokens": [x]} for i, x in enumerate(tokens)]
     answer_with(page, trees[:1] + [tree | CHAIN for tree in trees[1:]], thoughts=2)
@@ -202,11 +237,9 @@ def test_thoughts_are_not_copied(server, open_page):
     assert page.evaluate("navigator.clipboard.readText()") == "# Rhine"
 
 
-def test_an_answer_that_no_parser_can_lay_out_is_shown_as_it_is(server, open_page):
-    page = open_page(server.url)
+def test_an_answer_that_no_parser_can_lay_out_is_shown_as_it_is(page):
     page.get_by_label("Show Markdown").check()
-    fake(page, ">" * 20_000)
-    ask(page, "Hi")
+    ask(page, "Hi", ">" * 20_000)
     page.reload()
     sync_api.expect(page.locator(".formatted")).to_have_text(">" * 20_000)
     ask(page, "And another.")
@@ -217,20 +250,17 @@ def test_an_answer_that_is_still_growing_is_shown_beside_markdown(serve, open_pa
     page = open_page(server.url)
     page.get_by_label("Show Markdown").check()
     with Gate(server.engine) as gate:
-        page.get_by_label("Message").fill("Hi")
-        page.keyboard.press("Enter")
+        send(page)
         wait_until(lambda: server.engine.unfinished)
         gate.allow(8)
         page.locator(".token:not(:empty)").first.wait_for(timeout=10_000)
         page.get_by_role("button", name="Stop").click()
 
 
-def test_copy_without_the_interface_for_the_clipboard(server, open_page):
+def test_copy_without_the_interface_for_the_clipboard(page):
     """Browsers keep it from pages of other machines without TLS."""
-    page = open_page(server.url)
     page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
-    fake(page, "The", " Rhine")
-    ask(page, "Hi")
+    ask(page, "Hi", "The", " Rhine")
     page.get_by_role("button", name="Copy").click()
     page.get_by_role("button", name="Copied").wait_for()
     page.get_by_label("Message").focus()
@@ -238,8 +268,7 @@ def test_copy_without_the_interface_for_the_clipboard(server, open_page):
     assert page.get_by_label("Message").input_value() == "The Rhine"
 
 
-def test_a_browser_may_keep_nothing_for_pages(server, open_page):
-    page = open_page(server.url)
+def test_a_browser_may_keep_nothing_for_pages(page):
     refuse = "get() { throw new DOMException('refused', 'SecurityError'); }"
     page.context.add_init_script(f"Object.defineProperty(window, 'localStorage', {{ {refuse} }});")
     page.reload()
@@ -248,10 +277,8 @@ def test_a_browser_may_keep_nothing_for_pages(server, open_page):
     sync_api.expect(page.locator(".assistant .token").first).to_be_visible()
 
 
-def test_each_tab_keeps_its_chat(server, open_page):
-    page = open_page(server.url)
-    fake(page, "The", " Rhine")
-    ask(page, "Name a river.")
+def test_each_tab_keeps_its_chat(page, server):
+    ask(page, "Name a river.", "The", " Rhine")
     other = page.context.new_page()
     other.goto(server.url)
     assert other.locator(".turn").count() == 2  # a new tab goes on
@@ -260,16 +287,13 @@ def test_each_tab_keeps_its_chat(server, open_page):
     assert page.locator(".user").inner_text() == "Name a river."
 
 
-def test_a_chat_survives_a_reload(server, open_page):
-    page = open_page(server.url)
+def test_a_chat_survives_a_reload(page):
     page.get_by_label("System prompt").fill("Be brief.")
     page.get_by_label("Seed").fill("7")
     page.get_by_label("Compare with plain").uncheck()
-    fake(page, "The", " Rhine")
-    ask(page, "Name a river.")
-    sent = []
+    ask(page, "Name a river.", "The", " Rhine")
     page.reload()
-    page.on("request", lambda x: sent.append(x.post_data_json) if x.method == "POST" else None)
+    sent = sent_by(page)
     assert page.locator(".user").inner_text() == "Name a river."
     assert "The Rhine" in page.locator(".assistant").inner_text()
     ask(page, "And another.")
@@ -281,22 +305,21 @@ def test_a_chat_survives_a_reload(server, open_page):
     assert page.locator(".turn").count() == 0
 
 
+LEFT = "x => x.scrollHeight - x.scrollTop - x.clientHeight"
+
+
 @pytest.mark.parametrize("markdown", [False, True])
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
 def test_a_reload_shows_the_last_message(server, open_page, markdown, width, height):
     page = open_page(server.url, width, height)
     page.get_by_label("Show Markdown").set_checked(markdown)
     for i in range(4):
-        fake(page, *(f"{i}, line {n}.\n\n" for n in range(30)))
-        ask(page, "Tell me more.")
+        ask(page, "Tell me more.", *(f"{i}, line {n}.\n\n" for n in range(30)))
     page.reload()
     page.locator(".assistant").last.wait_for()
-    left = page.locator("#log").evaluate("x => x.scrollHeight - x.scrollTop - x.clientHeight")
-    assert left <= 1
-    fake(page, "The", " end")
-    ask(page, "And then?")
-    left = page.locator("#log").evaluate("x => x.scrollHeight - x.scrollTop - x.clientHeight")
-    assert left <= 1
+    assert page.locator("#log").evaluate(LEFT) <= 1
+    ask(page, "And then?", "The", " end")
+    assert page.locator("#log").evaluate(LEFT) <= 1
 
 
 def test_a_long_prompt_shows_its_progress(serve, open_page):
@@ -305,8 +328,7 @@ def test_a_long_prompt_shows_its_progress(serve, open_page):
     scheduler.config = replace(scheduler.config, lone_prefill_chunk=64)
     page = open_page(server.url)
     with Gate(server.engine) as gate:
-        page.get_by_label("Message").fill("Once upon a time. " * 10)
-        page.keyboard.press("Enter")
+        send(page, "Once upon a time. " * 10)
         wait_until(lambda: server.engine.unfinished)
         gate.allow(1)
         note = page.locator(".assistant .note")
@@ -324,8 +346,7 @@ def test_what_was_streamed_survives(serve, open_page, crash):
     page = open_page(server.url)
     page.clock.install()
     with Gate(server.engine) as gate:
-        page.get_by_label("Message").fill("Hi")
-        page.keyboard.press("Enter")
+        send(page)
         wait_until(lambda: server.engine.unfinished)
         gate.allow(6)
         page.locator(".token:not(:empty)").first.wait_for(timeout=10_000)
@@ -340,17 +361,14 @@ def test_what_was_streamed_survives(serve, open_page, crash):
         sync_api.expect(stopped.locator(".tokens")).to_have_text(streamed)
         assert page.locator(".user").inner_text() == "Hi"
     sent = sent_by(page)
-    fake(page, "The", " Rhine")
-    ask(page, "And another.")
+    ask(page, "And another.", "The", " Rhine")
     assert [message["role"] for message in sent[0]["messages"]] == ["user", "assistant", "user"]
     assert sent[0]["messages"][1] == {"role": "assistant", "content": streamed}
     sync_api.expect(page.get_by_text("Stopped")).to_have_count(1)
 
 
-def test_a_message_without_an_answer_survives_a_reload(server, open_page):
-    page = open_page(server.url)
-    fake(page, "The", " Rhine")
-    ask(page, "Name a river.")
+def test_a_message_without_an_answer_survives_a_reload(page):
+    ask(page, "Name a river.", "The", " Rhine")
     page.unroute_all()
     page.route("**/v1/chat/completions", lambda route: None)
     message = page.get_by_label("Message")
@@ -362,8 +380,7 @@ def test_a_message_without_an_answer_survives_a_reload(server, open_page):
     assert page.locator(".user").all_inner_texts() == ["Name a river."]
 
 
-def test_thoughts_survive_a_reload(server, open_page):
-    page = open_page(server.url)
+def test_thoughts_survive_a_reload(page):
     trees = [{"iteration": i, "seconds": 0.01, "tokens": [x]} for i, x in enumerate("ab")]
     answer_with(page, [tree | CHAIN for tree in trees], thoughts=1)
     ask(page, "Hi")
@@ -374,19 +391,10 @@ def test_thoughts_survive_a_reload(server, open_page):
     assert sent[0]["messages"][1] == {"role": "assistant", "content": "b"}
 
 
-def refuse(page):
-    page.route(
-        "**/v1/chat/completions",
-        lambda route: route.fulfill(status=429, json={"error": {"message": "the queue is full"}}),
-    )
-
-
-def test_the_last_answer_is_regenerated(server, open_page):
-    page = open_page(server.url)
+def test_the_last_answer_is_regenerated(page):
     again = page.get_by_role("button", name="Regenerate")
     for name in ("Rhine", "Elbe"):
-        fake(page, "The", f" {name}")
-        ask(page, f"Is it the {name}?")
+        ask(page, f"Is it the {name}?", "The", f" {name}")
     refuse(page)
     again.click()  # there is one: of the last answer
     sync_api.expect(page.locator(".error")).to_have_text("the queue is full")
@@ -410,11 +418,8 @@ def test_the_last_answer_is_regenerated(server, open_page):
 @pytest.mark.parametrize("width", [360, 1280])
 def test_an_earlier_message_is_edited(images, open_page, width):
     page = open_page(images.url, width)
-    files = [{"name": "a.png", "mimeType": "image/png", "buffer": picture(1)}]
-    page.locator("#files").set_input_files(files)
-    page.locator("#images img").wait_for()
-    fake(page, "The", " Rhine")
-    ask(page, "Name it.")
+    choose(page, picture(1))
+    ask(page, "Name it.", "The", " Rhine")
     ask(page, "And another.")
     message = page.get_by_label("Message")
     message.fill("Draft")
@@ -451,8 +456,7 @@ def test_an_earlier_message_is_edited(images, open_page, width):
     assert page.locator(".user img").count() == 1
 
 
-def test_sending_while_the_plain_answer_is_decoded(server, open_page):
-    page = open_page(server.url)
+def test_sending_while_the_plain_answer_is_decoded(page):
     fake(page, "The", " Rhine")
     held = []
 
@@ -472,12 +476,9 @@ def test_sending_while_the_plain_answer_is_decoded(server, open_page):
     assert len(held) >= 1
 
 
-def test_an_answer_is_computed_once_unless_a_comparison_is_asked_for(server, open_page):
-    page = open_page(server.url)
-    sent = []
-    page.on("request", lambda x: sent.append(x.post_data_json) if x.method == "POST" else None)
-    fake(page, "The", " Rhine")
-    ask(page, "Name a river.")
+def test_an_answer_is_computed_once_unless_a_comparison_is_asked_for(page):
+    sent = sent_by(page)
+    ask(page, "Name a river.", "The", " Rhine")
     ask(page, "And another.")
     assert [request.get("method") for request in sent] == [None, None]
 
@@ -498,10 +499,8 @@ def test_a_shadow_says_that_a_long_chain_goes_on(server, open_page):
     assert page.screenshot(clip=corner) != before
 
 
-def test_the_end_of_an_answer_and_its_button_stay_in_view(server, open_page):
-    page = open_page(server.url)
-    fake(page, *("A line of a long answer.\n" for _ in range(60)))
-    ask(page, "Go on.")
+def test_the_end_of_an_answer_and_its_button_stay_in_view(page):
+    ask(page, "Go on.", *("A line of a long answer.\n" for _ in range(60)))
     sync_api.expect(page.get_by_role("button", name="Copy")).to_be_in_viewport(ratio=1)
 
 
@@ -538,8 +537,7 @@ def test_a_missing_key_is_asked_for_beside_the_error(serve, open_page, width, da
     sync_api.expect(key).to_be_hidden()
 
 
-def test_by_keyboard(server, open_page):
-    page = open_page(server.url)
+def test_by_keyboard(page):
     fake(page, "The", " Rhine", " flows", " north")
     page.keyboard.type("Hi")  # the message has the focus
     page.keyboard.press("Enter")
@@ -563,29 +561,24 @@ def test_by_keyboard(server, open_page):
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_sizes_and_schemes(server, open_page, width, dark):
     page = open_page(server.url, width, 740, dark)
-    words = re.findall(r"\S+\s*", "The Rhine is a river of Europe. " * 6)
-    fake(page, *(f"{word} " for word in "".join(words).split()))
-    ask(page, "Which river flows through Cologne?")
-    overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    assert page.evaluate(overflow) == 0
+    words = 6 * ["The", "Rhine", "is", "a", "river", "of", "Europe."]
+    ask(page, "Which river flows through Cologne?", *(f"{word} " for word in words))
+    assert overflow(page) == 0
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", colour)[:3])) < 200) == dark
     shot(page, f"{width}-{'dark' if dark else 'light'}")
 
 
-def test_stop(server, open_page):
-    page = open_page(server.url)
+def test_stop(page):
     page.locator("#length").evaluate("x => { x.max = x.value = 100000; }")
-    page.get_by_label("Message").fill("Go on.")
-    page.keyboard.press("Enter")
+    send(page, "Go on.")
     page.locator(".token").first.wait_for()
     page.get_by_role("button", name="Stop").click()
     page.get_by_role("button", name="Send").wait_for()
     assert page.locator(".error").count() <= 1
 
 
-def test_a_message_that_was_not_answered_can_be_sent_again(server, open_page):
-    page = open_page(server.url)
+def test_a_message_that_was_not_answered_can_be_sent_again(page):
     held = []
     page.route("**/v1/chat/completions", lambda route: held.append(route))
     message = page.get_by_label("Message")
@@ -603,46 +596,30 @@ def test_a_message_that_was_not_answered_can_be_sent_again(server, open_page):
     assert page.locator(".error").inner_text() == "the server cannot be reached"
 
 
-def test_a_server_that_cannot_be_reached_is_told(server, open_page):
-    page = open_page(server.url)
+def test_a_server_that_cannot_be_reached_is_told(page):
     page.route("**/v1/models", lambda route: route.abort())
     page.reload()
     sync_api.expect(page.locator("#model")).to_have_text("the server cannot be reached")
 
 
-def test_input_methods_do_not_send(server, open_page):
+def test_input_methods_do_not_send(page):
     """Safari says only by its code that a key ends a composition."""
-    page = open_page(server.url)
     page.get_by_label("Message").fill("ライン川")
     key = {"key": "Enter", "keyCode": 229, "cancelable": True, "bubbles": True}
     page.locator("#prompt").dispatch_event("keydown", key)
     assert page.locator(".user").count() == 0
 
 
-def test_each_paragraph_has_the_direction_of_its_script(server, open_page):
-    page = open_page(server.url)
-    fake(page, "نهر", " الراين")
-    ask(page, "Hi")
+def test_each_paragraph_has_the_direction_of_its_script(page):
+    ask(page, "Hi", "نهر", " الراين")
     place, token = (page.locator(x).first.bounding_box() for x in (".tokens", ".token"))
     assert token["x"] > place["x"] + place["width"] / 2
 
 
-def test_errors_are_told(server, open_page):
-    page = open_page(server.url)
-    page.route(
-        "**/v1/chat/completions",
-        lambda route: route.fulfill(status=429, json={"error": {"message": "the queue is full"}}),
-    )
-    ask(page, "Hi")
-    assert "the queue is full" in page.locator(".error").inner_text()
-
-
 @pytest.fixture(scope="module")
-def images(folders):
+def images(image_model):
     """A server of a model that takes images."""
-    model = reference_model(*folders)
-    model.backend.images = StubProcessor(model.tokenizer)
-    with serving(model) as running:
+    with serving(image_model) as running:
         yield running
 
 
@@ -654,13 +631,6 @@ TRANSFER = """bytes => {
 
 PASTE = """([make, bytes]) => document.getElementById("prompt").dispatchEvent(new ClipboardEvent(
   "paste", {clipboardData: eval(make)(bytes), cancelable: true}))"""
-
-
-def sent_by(page):
-    """The bodies of requests for answers, which grows."""
-    sent = []
-    page.on("request", lambda x: sent.append(x.post_data_json) if x.method == "POST" else None)
-    return sent
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -695,8 +665,7 @@ def test_images_are_chosen_dropped_and_pasted(images, open_page, width, dark):
     assert parts[-1] == {"type": "text", "text": "What do they show?"}
     assert page.locator(".error").count() == 0
     assert page.locator(".user img").count() == 3
-    overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    assert page.evaluate(overflow) == 0
+    assert overflow(page) == 0
     shot(page, f"images-{width}-{'dark' if dark else 'light'}")
     page.reload()
     assert page.locator(".user img").count() == 3
@@ -712,9 +681,7 @@ def test_large_images_are_scaled(images, open_page):
     sent = sent_by(page)
     large = io.BytesIO()
     Image.new("RGB", (4096, 1024), "lime").save(large, "PNG")
-    files = [{"name": "a.png", "mimeType": "image/png", "buffer": large.getvalue()}]
-    page.locator("#files").set_input_files(files)
-    page.locator("#images img").wait_for()
+    choose(page, large.getvalue())
     ask(page, "Hi")
     url = sent[0]["messages"][0]["content"][0]["image_url"]["url"]
     pixels = read_image(url)
@@ -732,20 +699,14 @@ def test_a_file_that_is_no_image_is_told(images, open_page):
 
 def test_images_of_a_message_that_failed_can_be_sent_again(images, open_page):
     page = open_page(images.url)
-    page.route(
-        "**/v1/chat/completions",
-        lambda route: route.fulfill(status=429, json={"error": {"message": "the queue is full"}}),
-    )
-    files = [{"name": "a.png", "mimeType": "image/png", "buffer": picture(1)}]
-    page.locator("#files").set_input_files(files)
-    page.locator("#images img").wait_for()
+    refuse(page)
+    choose(page, picture(1))
     ask(page, "Hi")
     assert "the queue is full" in page.locator(".error").inner_text()
     assert page.locator("#images img").count() == 1
 
 
-def test_a_model_without_images_offers_none(server, open_page):
-    page = open_page(server.url)
+def test_a_model_without_images_offers_none(page):
     sync_api.expect(page.locator("#model")).to_have_text("tiny")
     sync_api.expect(page.get_by_role("button", name="Image", exact=True)).to_be_hidden()
 

@@ -51,14 +51,12 @@ def test_method_and_budget_change_no_text(server, model, method):
 
 def test_answers_have_successive_seeds(server, model):
     body = {"messages": MESSAGES, "max_tokens": 24, "n": 3, **SAMPLED}
-    whole = server.post(PATH, body).json()
     texts = [expected(model, **{**SAMPLED, "seed": 7 + i}).text for i in range(3)]
     assert len(set(texts)) == 3
-    assert [choice["message"]["content"] for choice in whole["choices"]] == texts
+    assert [x["message"]["content"] for x in server.choices(PATH, **body)] == texts
     streamed = ["", "", ""]
-    for frame in server.frames(PATH, **body):
-        for choice in frame["choices"]:
-            streamed[choice["index"]] += choice["delta"].get("content", "")
+    for choice in server.choices(PATH, stream=True, **body):
+        streamed[choice["index"]] += choice["delta"].get("content", "")
     assert streamed == texts
 
 
@@ -120,15 +118,14 @@ def test_usage(serve, model):
     assert last["usage"] == usage
 
 
+def trees_of(server, **fields):
+    options = {"include_draft_trees": True}
+    choices = server.choices(PATH, stream=True, messages=MESSAGES, stream_options=options, **fields)
+    return [choice["draft_tree"] for choice in choices if "draft_tree" in choice]
+
+
 def test_draft_trees(server):
-    frames = server.frames(
-        PATH,
-        messages=MESSAGES,
-        max_tokens=24,
-        budget=8,
-        stream_options={"include_draft_trees": True},
-    )
-    trees = [f["choices"][0]["draft_tree"] for f in frames if "draft_tree" in f["choices"][0]]
+    trees = trees_of(server, max_tokens=24, budget=8)
     assert [tree["iteration"] for tree in trees] == list(range(len(trees)))
     for before, tree in pairwise(trees):
         assert len(tree["nodes"]) == len(tree["parents"]) == 8
@@ -144,12 +141,9 @@ def test_a_paused_draft_is_told(model, budget, paused):
     pausing = AdaptiveBudget(SteadyCosts({1: 1.0, 8: 1.0}))
     pausing.pace(1).drafting.left = 100
     budgets = AdaptiveBudgets(by_method=dict.fromkeys(METHODS, pausing))
-    options = {"include_draft_trees": True}
     without_copies = {"suffix": False}
     with serving(replace(model, adaptive_budgets=budgets), without_copies) as server:
-        fields = {"messages": MESSAGES, "max_tokens": 8, "budget": budget}
-        frames = server.frames(PATH, **fields, stream_options=options)
-    trees = [f["choices"][0]["draft_tree"] for f in frames if "draft_tree" in f["choices"][0]]
+        trees = trees_of(server, max_tokens=8, budget=budget)
     assert [tree.get("paused", False) for tree in trees[1:]] == [paused] * (len(trees) - 1)
     assert "paused" not in trees[0]
 

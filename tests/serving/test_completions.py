@@ -1,19 +1,19 @@
-"""`/v1/completions`, `/v1/models`, `/tokenize` and `/health`."""
+"""`/v1/completions`, `/tokenize`, and what streams of OpenAI's APIs say of usage and progress."""
 
 from __future__ import annotations
 
-from datetime import datetime
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from servers import MAX_POSITIONS, NAME, check_error
+from bodies import CHAT, REQUESTS, TEXT
+from servers import MAX_POSITIONS, check_error, serving
 
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.serving.streaming import token_name
 from treeflash.testing.pairs import combine
 
-PATH = "/v1/completions"
 OPTIONS = {"max_tokens": 24, "temperature": 1.0, "seed": 3}
 
 
@@ -21,11 +21,7 @@ OPTIONS = {"max_tokens": 24, "temperature": 1.0, "seed": 3}
 def test_a_prompt_of_tokens_and_the_offsets_of_its_answer(server, model, stream):
     tokens = model.tokenizer.encode("The sea is")
     result = model.generate("The sea is", raw=True, **OPTIONS)
-    body = {"prompt": tokens, "logprobs": 1, **OPTIONS}
-    if stream:
-        choices = [frame["choices"][0] for frame in server.frames(PATH, **body)]
-    else:
-        choices = server.post(PATH, body).json()["choices"]
+    choices = server.choices(TEXT, stream=stream, prompt=tokens, logprobs=1, **OPTIONS)
     assert "".join(choice["text"] for choice in choices) == result.text
     found = [offset for choice in choices for offset in choice["logprobs"]["text_offset"]]
     parts = [model.tokenizer.token_bytes(token) for token in result.token_ids]
@@ -43,29 +39,20 @@ TEXTS = ["The sea is", "A", "The river flows north, " * 8]
 def test_lists_of_prompts(server, model, form, stream, n):
     """One choice for each prompt and answer, in order, as if each prompt was sent alone."""
     prompts = TEXTS if form == "texts" else [model.tokenizer.encode(text) for text in TEXTS]
-    body = {"prompt": prompts, "n": n, **OPTIONS}
     expected = [
         model.generate(text, raw=True, **{**OPTIONS, "seed": 3 + i}).text
         for text in TEXTS
         for i in range(n)
     ]
+    choices = server.choices(TEXT, stream=stream, prompt=prompts, n=n, **OPTIONS)
     found = [""] * len(expected)
-    if stream:
-        for frame in server.frames(PATH, **body):
-            for choice in frame["choices"]:
-                found[choice["index"]] += choice["text"]
-    else:
-        answer = server.post(PATH, body).json()
-        found = [choice["text"] for choice in answer["choices"]]
-        assert [choice["index"] for choice in answer["choices"]] == list(range(3 * n))
-        lengths = [len(model.tokenizer.encode(text)) for text in TEXTS]
-        assert answer["usage"]["prompt_tokens"] == sum(lengths)
+    for choice in choices:
+        found[choice["index"]] += choice["text"]
     assert found == expected
-
-
-def test_a_list_of_one_prompt(server):
-    one, other = (server.complete(prompt, **OPTIONS).json() for prompt in (["The sea"], "The sea"))
-    assert one["choices"] == other["choices"]
+    if not stream:
+        assert [choice["index"] for choice in choices] == list(range(3 * n))
+        usage = server.complete(prompts, n=n, max_tokens=1).json()["usage"]
+        assert usage["prompt_tokens"] == sum(len(model.tokenizer.encode(text)) for text in TEXTS)
 
 
 @pytest.mark.sample(4)
@@ -76,10 +63,7 @@ def test_echo_with_log_probs_of_the_prompt(server, model, text, new, stream):
     server.complete(text, max_tokens=2)  # the prefix cache has the prompt now
     ids = model.tokenizer.encode(text)
     body = {"prompt": text, "echo": True, "logprobs": 2, "max_tokens": new, "ignore_eos": True}
-    if stream:
-        choices = [frame["choices"][0] for frame in server.frames(PATH, **body)]
-    else:
-        choices = server.post(PATH, body).json()["choices"]
+    choices = server.choices(TEXT, stream=stream, **body)
     generated = model.generate(
         text, raw=True, max_tokens=max(new, 1), stop_token_ids=(), log_probs=2
     )
@@ -147,17 +131,6 @@ def test_scored_prompts_teach_the_budget_nothing(serve, model):
     assert min(seen) >= len(model.tokenizer.encode(TEXTS[2]))
 
 
-def test_models(server):
-    (listed,) = server.client.get("/v1/models").json()["data"]
-    assert listed["id"] == NAME
-    assert listed["max_model_len"] == MAX_POSITIONS
-    assert server.client.get(f"/v1/models/{NAME}").json() == listed
-    # The names of Anthropic's API.
-    assert (listed["type"], listed["display_name"]) == ("model", NAME)
-    assert datetime.fromisoformat(listed["created_at"]).timestamp() == listed["created"]
-    assert server.client.get("/v1/models/a/b").status_code == 404
-
-
 def test_detokenize(server, model):
     tokens = model.tokenizer.chat([{"role": "user", "content": "Hello."}])
     answer = server.post("/detokenize", {"tokens": tokens}).json()
@@ -182,16 +155,9 @@ def test_the_documentation_of_the_endpoints(server):
     assert '"/openapi.json"' in response.text or "'/openapi.json'" in response.text
 
 
-def test_health(server):
-    response = server.client.get("/health")
-    assert (response.status_code, response.json()) == (200, {"status": "ok"})
-
-
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("path", [TEXT, CHAT])
 def test_usage_in_each_chunk(server, path):
-    message = {"role": "user", "content": "Hello."}
-    asked = {"messages": [message]} if "chat" in path else {"prompt": "Hello."}
-    asked |= {"max_tokens": 12, "ignore_eos": True, "temperature": 0}
+    asked = REQUESTS[path] | {"max_tokens": 12, "ignore_eos": True, "temperature": 0}
     both = {"include_usage": True, "continuous_usage_stats": True}
     frames = server.frames(path, **asked, stream_options=both)
     counts = [frame["usage"]["completion_tokens"] for frame in frames]
@@ -199,3 +165,73 @@ def test_usage_in_each_chunk(server, path):
     assert counts[-1] == 12
     frames = server.frames(path, **asked, stream_options={"continuous_usage_stats": True})
     assert not any("usage" in frame for frame in frames)
+
+
+# How much of a prompt has run, in streams that ask for it as llama.cpp's clients do.
+
+STORY = "A long story about a river. " * 10
+BODIES = {
+    CHAT: {"messages": [{"role": "user", "content": STORY}]},
+    TEXT: {"prompt": STORY},
+}
+FIVE = {"max_tokens": 5, "ignore_eos": True}
+
+
+@pytest.fixture
+def chunked(model):
+    """A server that runs 64 tokens of a prompt at a time."""
+    with serving(model) as server:
+        scheduler = server.engine.scheduler
+        scheduler.config = replace(scheduler.config, lone_prefill_chunk=64)
+        yield server
+
+
+def text_of(frames):
+    choices = [choice for frame in frames for choice in frame["choices"]]
+    return "".join(x.get("text") or x.get("delta", {}).get("content") or "" for x in choices)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_progress_of_a_prompt(chunked, path):
+    body = BODIES[path] | FIVE | {"stream_options": {"include_usage": True}}
+    frames = chunked.frames(path, **body, return_progress=True)
+    found = [frame for frame in frames if "prompt_progress" in frame]
+    assert frames[: len(found)] == found, "tokens follow"
+    total = frames[-1]["usage"]["prompt_tokens"]
+    progress = [frame["prompt_progress"] for frame in found]
+    assert [x["processed"] for x in progress] == list(range(64, total, 64))
+    assert {(x["total"], x["cache"]) for x in progress} == {(total, 0)}
+    times = [x["time_ms"] for x in progress]
+    assert times == sorted(times)
+    assert times[0] > 0
+    empty = {"delta": {}} if path == CHAT else {"text": "", "logprobs": None}
+    for frame in found:
+        assert frame["choices"] == [{"index": 0, **empty, "finish_reason": None}]
+    again = chunked.frames(path, **body)
+    assert not any("prompt_progress" in frame for frame in again)
+    assert text_of(frames) == text_of(again) != ""
+
+
+def test_cached_tokens_count_as_processed(chunked):
+    chunked.frames(TEXT, prompt=STORY, **FIVE)
+    frames = chunked.frames(TEXT, prompt=STORY + "B" * 100, **FIVE, return_progress=True)
+    (progress,) = (x["prompt_progress"] for x in frames if "prompt_progress" in x)
+    assert progress["cache"] == len(STORY)
+    assert progress["processed"] == len(STORY) + 64
+
+
+def test_each_prompt_has_its_own(chunked):
+    prompts = [STORY, STORY.upper()]
+    frames = chunked.frames(TEXT, prompt=prompts, **FIVE, return_progress=True)
+    told = [x for x in frames if "prompt_progress" in x]
+    assert {frame["choices"][0]["index"] for frame in told} == {0, 1}
+    assert len(text_of(frames)) > 0
+
+
+def test_the_package_of_openai_reads_it(chunked):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{chunked.url}/v1", api_key="-", max_retries=0) as client:
+        fields = {"model": "tiny", "stream": True, "extra_body": {"return_progress": True}}
+        chunks = list(client.chat.completions.create(**BODIES[CHAT], max_tokens=5, **fields))
+    assert chunks[0].prompt_progress["processed"] == 64
+    assert any(chunk.choices[0].delta.content for chunk in chunks)

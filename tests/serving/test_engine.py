@@ -8,12 +8,17 @@ import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
+from failures import failing
+from recordings import recording
 from servers import PATIENCE, Gate, check_error, parse, serving, wait_until
 
 from treeflash.config import GIB, DecodeConfig
@@ -34,6 +39,24 @@ def test_loading_fails():
     engine = Engine(load, Settings())
     with pytest.raises(CheckpointError, match="no such model"):
         engine.start()
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"prefix_cache_dir": "new", "prefix_cache_gb": 0}, "raise prefix_cache_gb"),
+        ({"prefix_cache_dir": "file"}, "file is a file; give a folder"),
+        ({"prefix_cache_dir": ""}, "must be the path of a folder, got ''"),
+        ({"prefix_cache_dir": 7}, "must be the path of a folder, got 7"),
+        ({"prefix_cache_disk_gb": 0}, "prefix_cache_disk_gb must be above 0, got 0"),
+    ],
+)
+def test_settings_of_the_disk_tier(model, tmp_path, monkeypatch, settings, says):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(ConfigError, match=says):
+        Engine(lambda: model, Settings(**settings)).start()
 
 
 def test_the_models_are_loaded_in_the_thread_that_runs_them(model):
@@ -61,17 +84,15 @@ def test_the_models_are_loaded_in_the_thread_that_runs_them(model):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_failure_ends_its_texts_alone(serve, failing, caplog, error, status, says, stream):
+def test_a_failure_ends_its_texts_alone(serve, caplog, error, status, says, stream):
     server = serve()
-    failing(server, error)
+    with failing(server.engine.model.backend.verifier, "run", error, call=1):
+        response = server.complete("A", stream=stream)
     if stream:
-        body = {"prompt": "A", "stream": True}
-        with server.client.stream("POST", "/v1/completions", json=body) as response:
-            text = response.read().decode()
-        assert says in text
-        assert "[DONE]" not in text, "the answer would seem complete"
+        assert says in response.text
+        assert "[DONE]" not in response.text, "the answer would seem complete"
     else:
-        check_error(server.complete("A"), status, says)
+        check_error(response, status, says)
     assert server.engine.unfinished == 0
     metrics = server.client.get("/metrics").text
     assert 'treeflash:request_failure_total{model="tiny"} 1.0' in metrics
@@ -154,91 +175,70 @@ def test_an_answer_that_cannot_be_added_fails_alone(serve):
 
 
 @pytest.fixture
-def started(monkeypatch):
-    """The servers that `application.serve` runs; a function waits for the first and its port."""
-    servers = []
+def running():
+    """A function that waits for the first server of `application.serve`, and returns its port."""
+    with recording(application.Server, "startup") as begun:
 
-    class WatchedServer(application.Server):
-        def __init__(self, *args):
-            super().__init__(*args)
-            servers.append(self)
+        def first():
+            wait_until(lambda: begun and begun[0][0].started)
+            (server,) = begun[0]
+            return server, server.servers[0].sockets[0], server.pool.models[0].service.engine
 
-    def first():
-        wait_until(lambda: servers and servers[0].started)
-        return servers[0], servers[0].servers[0].sockets[0].getsockname()[1]
-
-    monkeypatch.setattr(application, "Server", WatchedServer)
-    return first
-
-
-def engine_of(server):
-    """The engine of the only model of a server."""
-    return server.pool.models[0].service.engine
+        yield first
 
 
 def serve_until_it_ends(model, client, **limits):
     """Run a server of its own, and the client in a thread; returns the exit status."""
-    thread = threading.Thread(target=client)
-    thread.start()
     where = {"host": "127.0.0.1", "port": 0, "log_level": "info"}
     settings = Settings()
     spec = ModelSpec(names=("tiny",), load=lambda: model, settings=settings, defaults={})
-    status = application.serve([spec], settings, **where, **limits)
-    thread.join()
-    return status
+    with ThreadPoolExecutor(1) as clients:
+        asked = clients.submit(client)
+        status = application.serve([spec], settings, **where, **limits)
+        return status, asked.result()
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_the_status_tells_whether_the_device_was_lost(model, failing, started, lost):
+def test_the_status_tells_whether_the_device_was_lost(model, running, lost):
     """No thread of a framework is left, beside which the interpreter would abort."""
 
     def post():
-        server, port = started()
-        engines.append(engine_of(server))
-        if not lost:
+        server, listening, engine = running()
+        if lost:
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
+            with suppress(httpx.TransportError):  # the server ends
+                httpx.post(url, json={"prompt": "A"})
+        else:
             server.handle_exit(signal.SIGTERM, None)
-            return
-        with suppress(httpx.TransportError):  # the server ends
-            httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "A"})
+        return engine
 
-    engines = []
-    if lost:
-        loaded = SimpleNamespace(engine=SimpleNamespace(model=model))
-        failing(loaded, RuntimeError("[METAL] ... Caused GPU Timeout Error"), times=100)
-    assert bool(serve_until_it_ends(model, post)) == lost
-    assert not engines[0].thread.is_alive()
+    error = RuntimeError("[METAL] ... Caused GPU Timeout Error")
+    with failing(model.backend.verifier, "run", error) if lost else nullcontext():
+        status, engine = serve_until_it_ends(model, post)
+    assert bool(status) == lost
+    assert not engine.thread.is_alive()
 
 
-def test_a_client_that_does_not_read_its_answer_cannot_hold_the_server(model, started, monkeypatch):
-    bind = application.bind
-
-    def bind_with_small_buffer(host, port):
-        listening = bind(host, port)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        return listening
-
-    monkeypatch.setattr(application, "bind", bind_with_small_buffer)
+def test_a_client_that_does_not_read_its_answer_cannot_hold_the_server(model, running):
     body = {"prompt": "A", "stream": True, "max_tokens": 400, "ignore_eos": True, "logprobs": 20}
     content = json.dumps(body).encode()
 
     def ask():
-        server, port = started()
+        server, listening, engine = running()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect(("127.0.0.1", port))
+            connection.connect(listening.getsockname())
             connection.sendall(
                 b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
             )
-            engine = engine_of(server)
             wait_until(lambda: engine.unfinished == 1)
             server.handle_exit(signal.SIGTERM, None)
             wait_until(lambda: not engine.thread.is_alive())
-            ended.append(True)
+        return "it has not waited"
 
-    ended = []
-    assert serve_until_it_ends(model, ask, reading_seconds=0) == 0
-    assert ended, "it waited for the client"
+    assert serve_until_it_ends(model, ask, reading_seconds=0) == (0, "it has not waited")
 
 
 @pytest.mark.parametrize(
@@ -248,17 +248,17 @@ def test_a_client_that_does_not_read_its_answer_cannot_hold_the_server(model, st
         "CUDA error: an illegal memory access was encountered",
     ],
 )
-def test_a_gpu_that_refuses_further_work_ends_the_server(serve, failing, message):
+def test_a_gpu_that_refuses_further_work_ends_the_server(serve, message):
     """With a status other than 0, so that whoever started it starts it again."""
     server = serve()
-    failing(server, RuntimeError(message), times=100)
-    check_error(server.complete("A"), 500, "the GPU refuses further work")
+    with failing(server.engine.model.backend.verifier, "run", RuntimeError(message)):
+        check_error(server.complete("A"), 500, "the GPU refuses further work")
     wait_until(lambda: server.server.should_exit)
     assert server.engine.device_lost
     assert not server.engine.ready
 
 
-def test_memory_is_sized_from_the_device(model, monkeypatch, caplog):
+def test_memory_is_sized_from_the_device(model, caplog):
     assert Settings().memory(None) == (4 * GIB, 2 * GIB)
     assert Settings().memory(20 * GIB) == (20 * GIB, 10 * GIB)
     assert Settings().memory(2**28) == (2**28, 2**27)
@@ -279,9 +279,9 @@ def test_memory_is_sized_from_the_device(model, monkeypatch, caplog):
         batches=False,
         kernels={"products": {"5 rows": "used, 1.30 times as fast", "9 rows": "not used, slower"}},
     )
-    monkeypatch.setattr(model.backend, "device_report", lambda: report, raising=False)
-    monkeypatch.setattr(model.backend, "captures", 7, raising=False)
-    with caplog.at_level("INFO"), serving(model) as server:
+    backend = copy(model.backend)
+    backend.device_report, backend.captures = lambda: report, 7
+    with caplog.at_level("INFO"), serving(replace(model, backend=backend)) as server:
         scheduler = server.engine.scheduler
         assert scheduler.config.max_bytes == 6 * GIB
         assert scheduler.prefix_cache.max_bytes == 3 * GIB
@@ -324,6 +324,7 @@ def test_the_end_waits_for_running_answers(model):
         body = {"prompt": "A", "stream": True, "max_tokens": 30, "ignore_eos": True}
         with server.client.stream("POST", "/v1/completions", json=body) as response:
             gate.allow(1)
+            assert server.client.get("/health").json() == {"status": "ok"}
             server.server.handle_exit(15, None)
             assert server.client.get("/health").status_code == 503
             check_error(server.chat(), 503, "shutting down")

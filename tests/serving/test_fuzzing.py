@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -96,3 +101,23 @@ def test_operation(document, fuzzed, caplog, path, method, mode):
     assert statuses == {200} or mode.is_negative or method == "POST" or "{" in path
     assert fuzzed.chat(max_tokens=2).status_code == 200
     assert fuzzed.engine.unfinished == 0
+
+
+SECONDS = int(os.environ.get("TREEFLASH_LOAD_SECONDS", "600"))
+"""Seconds under load."""
+
+
+@pytest.mark.nightly
+def test_the_default_pair_under_load():
+    command = [sys.executable, "-m", "benchmarks.serving.load", "--seconds", str(SECONDS)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    report = json.loads(done.stdout)
+    assert report["compared"] > SECONDS / 10
+    assert report["different"] == 0
+    assert report["requests"]["leave"] > 0
+    assert report["requests"]["invalid"] > 0
+    before, most = report["memory_mib"]
+    assert most <= 1.1 * before

@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from bodies import TEXT, chat, messages, responses, text
+from recordings import recording
 from servers import PATIENCE, check_error, serving, wait_until
 from tool_models import tool_model
 
@@ -359,59 +361,39 @@ def test_requests(hardened, request_, param):
 
 
 def test_grammars_that_wait_leave_threads_for_prompts(hardened, monkeypatch):
-    release, asked, find = threading.Event(), [], ModelPool.find
-
-    def find_and_count(self, name):
-        asked.append(name)
-        return find(self, name)
+    release, many = threading.Event(), 40  # more than `asyncio.to_thread` has threads
 
     def compile(self, grammar):
         release.wait(2 * PATIENCE)
         raise GrammarError("it takes too much")
 
-    monkeypatch.setattr(ModelPool, "find", find_and_count)
     monkeypatch.setattr(GrammarCompiler, "compile", compile)
     path, body = text(structured_outputs={"regex": "a"})
-    many = 40  # more than `asyncio.to_thread` has threads
-    refused = []
-    with httpx.Client(base_url=hardened.url, limits=httpx.Limits(), timeout=PATIENCE) as client:
-        threads = [
-            threading.Thread(target=lambda: refused.append(client.post(path, json=body)))
-            for _ in range(many)
-        ]
-        try:
-            for thread in threads:
-                thread.start()
-            wait_until(lambda: len(asked) == many)
-            tokens = hardened.client.post("/tokenize", json={"prompt": "Hi"})
-        finally:
-            release.set()
-            for thread in threads:
-                thread.join()
-    assert tokens.status_code == 200
-    assert [response.status_code for response in refused] == [400] * many
+    unlimited = httpx.Client(base_url=hardened.url, limits=httpx.Limits(), timeout=PATIENCE)
+    with unlimited as client, ThreadPoolExecutor(many) as clients:
+        with recording(ModelPool, "find") as asked:
+            refused = [clients.submit(client.post, path, json=body) for _ in range(many)]
+            try:
+                wait_until(lambda: len(asked) == many)
+                assert hardened.post("/tokenize", {"prompt": "Hi"}).status_code == 200
+            finally:
+                release.set()
+        assert {asked.result().status_code for asked in refused} == {400}
 
 
 def test_others_go_on(hardened):
     body = {"prompt": "Hi", "max_tokens": 120, "ignore_eos": True}
-    alone = hardened.frames(TEXT, **body)
-    results = []
-    threads = [
-        threading.Thread(target=lambda: results.append(hardened.frames(TEXT, **body)))
-        for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    wait_until(lambda: hardened.engine.unfinished == 2)
-    statuses = {hardened.post(*request).status_code for request, _ in REQUESTS[:4]}
-    for thread in threads:
-        thread.join()
-    assert statuses == {400}
 
-    def texts(frames):
+    def streamed():
+        frames = hardened.frames(TEXT, **body)
         return "".join(choice["text"] for frame in frames for choice in frame["choices"])
 
-    assert [texts(found) for found in results] == [texts(alone)] * 2
+    alone = streamed()
+    with ThreadPoolExecutor(2) as clients:
+        others = [clients.submit(streamed) for _ in range(2)]
+        wait_until(lambda: hardened.engine.unfinished == 2)
+        assert {hardened.post(*request).status_code for request, _ in REQUESTS[:4]} == {400}
+        assert [other.result() for other in others] == [alone] * 2
 
 
 def test_legitimate_requests(hardened):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import socket
 import threading
 import zlib
@@ -14,7 +13,10 @@ import pytest
 from recordings import recording
 
 Pillow = pytest.importorskip("PIL.Image")
+from bodies import CHAT, MESSAGES, RESPONSES, USER, chat, messages, ollama, responses
 from protocols import PROTOCOLS, Ask
+from protocols.chat import Chat
+from protocols.messages import Messages
 from scripted_model import reference_model
 from servers import NAME, check_error, parse, serving, wait_until
 from stub_images import (
@@ -35,7 +37,6 @@ pytestmark = pytest.mark.sample(1)
 QUESTION = "?"
 OPTIONS = {"max_tokens": 16}
 DEFAULTS = {"temperature": 0.3, "seed": 3}  # Anthropic's API and Responses have no seed
-MESSAGES, CHAT, RESPONSES = "/v1/messages", "/v1/chat/completions", "/v1/responses"
 
 APIS = [api for api in PROTOCOLS if "images" in api.can]
 
@@ -47,18 +48,11 @@ def image_server(image_model):
 
 
 def openai_messages(*images, text=QUESTION):
-    parts = [{"type": "image_url", "image_url": {"url": url_of(image)}} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
-def anthropic_block(image):
-    source = {"type": "base64", "media_type": "image/png", "data": base64_of(image)}
-    return {"type": "image", "source": source}
+    return Chat().body(Ask(text, images=list(map(base64_of, images))))["messages"]
 
 
 def anthropic_messages(*images):
-    text = {"type": "text", "text": QUESTION}
-    return [{"role": "user", "content": [*map(anthropic_block, images), text]}]
+    return Messages().body(Ask(QUESTION, images=list(map(base64_of, images))))["messages"]
 
 
 def chat_text(server, *images):
@@ -82,8 +76,8 @@ def test_ten_clients_with_different_images(image_server, image_model):
 
 
 def test_counted_tokens(image_server):
-    messages = openai_messages(picture(1))
-    body = image_server.post("/tokenize", {"messages": messages}).json()
+    asked = openai_messages(picture(1))
+    body = image_server.post("/tokenize", {"messages": asked}).json()
     without = image_server.post("/tokenize", {"messages": openai_messages()}).json()
     assert body["count"] == len(body["tokens"]) == without["count"] + FEATURES
     counted = image_server.post(
@@ -105,42 +99,44 @@ def test_a_conversation_comes_from_the_cache_up_to_another_image(image_server):
     assert cached(other) <= prefix
 
 
-class TestResultsOfTools:
+IMAGE_FILE = {"type": "text", "text": "a.png"}
+READ = {"type": "tool_use", "id": "a", "name": "read", "input": {}}
+RESULT = {"type": "tool_result", "tool_use_id": "a"}
+
+
+def anthropic_result(image):
+    """An image that a tool has read, and words of the user."""
+    first, *content = anthropic_messages(image)[0]["content"]
+    result = {**RESULT, "content": [IMAGE_FILE, first]}
+    return [
+        *anthropic_messages(),
+        {"role": "assistant", "content": [READ]},
+        {"role": "user", "content": [result, *content]},
+    ]
+
+
+def response_items(image):
+    call = {"type": "function_call", "call_id": "a", "name": "read", "arguments": "{}"}
+    output = [{"type": "input_image", "image_url": url_of(image)}]
+    result = {"type": "function_call_output", "call_id": "a", "output": output}
+    return [{"role": "user", "content": "Read it."}, call, result]
+
+
+@pytest.mark.sample(None)
+@pytest.mark.parametrize(
+    ("request_", "shown"),
+    [
+        (messages(messages=anthropic_result(picture(1))), "tool: a.png<|end|>"),
+        (responses(input=response_items(picture(1))), "tool: <|end|>"),
+    ],
+    ids=["Messages", "Responses"],
+)
+def test_results_of_tools(image_server, image_model, request_, shown):
     """Agents read images with tools; templates show them in the user's message after it."""
-
-    @pytest.fixture(autouse=True)
-    def _texts(self, image_model):
-        image_model.backend.images.texts.clear()
-
-    def test_anthropic(self, image_server, image_model):
-        call = {"type": "tool_use", "id": "a", "name": "read", "input": {}}
-        result = {"type": "tool_result", "tool_use_id": "a"}
-        text = {"type": "text", "text": "a.png"}
-        messages = [
-            *anthropic_messages(),
-            {"role": "assistant", "content": [call]},
-            {
-                "role": "user",
-                "content": [
-                    {**result, "content": [text, anthropic_block(picture(1))]},
-                    {"type": "text", "text": "Well?"},
-                ],
-            },
-        ]
-        response = image_server.post(MESSAGES, {"messages": messages, **OPTIONS})
-        assert response.status_code == 200, response.text
-        assert (
-            "tool: a.png<|end|><|start|>user: <image>Well?" in image_model.backend.images.texts[0]
-        )
-
-    def test_responses(self, image_server, image_model):
-        call = {"type": "function_call", "call_id": "a", "name": "read", "arguments": "{}"}
-        image = {"type": "input_image", "image_url": url_of(picture(1))}
-        output = {"type": "function_call_output", "call_id": "a", "output": [image]}
-        items = [{"role": "user", "content": "Read it."}, call, output]
-        response = image_server.post(RESPONSES, {"input": items, "max_output_tokens": 4})
-        assert response.status_code == 200, response.text
-        assert "tool: <|end|><|start|>user: <image>" in image_model.backend.images.texts[0]
+    image_model.backend.images.texts.clear()
+    response = image_server.post(*request_)
+    assert response.status_code == 200, response.text
+    assert f"{shown}<|start|>user: <image>" in image_model.backend.images.texts[0]
 
 
 def bodies(url, data="AAAA"):
@@ -187,19 +183,12 @@ def test_nothing_is_fetched_or_opened(image_server, tmp_path):
         ]
         for url in urls:
             for address, body in bodies(url):
-                response = image_server.post(address, body)
-                message = response.json()["error"]["message"]
-                assert response.status_code == 400, message
-                assert "images are never fetched or opened by this server" in message
-                assert str(path) not in message
+                says = "images are never fetched or opened by this server"
+                assert str(path) not in check_error(image_server.post(address, body), 400, says)
     assert not [host for host, *_ in looked_up if host != "127.0.0.1"]
     for text in (str(path), f"file://{path}"):
-        response = image_server.post(
-            "/api/chat",
-            {"model": NAME, "messages": [{"role": "user", "content": "", "images": [text]}]},
-        )
-        assert response.status_code == 400
-        assert "is not base64" in response.json()["error"]
+        request = ollama("chat", messages=[USER | {"images": [text]}])
+        check_error(image_server.post(*request), 400, "is not base64")
 
 
 @pytest.fixture(scope="module")
@@ -272,17 +261,13 @@ def test_limits(image_model):
         assert chat_text(server, picture(1), picture(2))
         response = server.post(CHAT, {"messages": openai_messages(*[picture(1)] * 3)})
         check_error(response, 400, "the prompt has 3 images, and the limit is 2")
-        response = server.post(CHAT, {"messages": openai_messages(), "max_images": 99})
-        check_error(response, 400, "max_images is not supported")
 
 
 def test_bodies_may_be_larger_where_images_are_taken(server, image_server):
-    body = json.dumps({"messages": openai_messages(), "pad": "x" * (9 << 20)})
-    headers = {"Content-Type": "application/json"}
-    assert server.client.post(CHAT, content=body, headers=headers).status_code == 413
-    check_error(image_server.client.post(CHAT, content=body, headers=headers), 400, "pad")
-    body = json.dumps({"pad": "x" * (33 << 20)})
-    assert image_server.client.post(CHAT, content=body, headers=headers).status_code == 413
+    path, body = chat(pad="x" * (9 << 20))
+    assert server.post(path, body).status_code == 413
+    check_error(image_server.post(path, body), 400, "pad")
+    assert image_server.post(path, {"pad": "x" * (33 << 20)}).status_code == 413
 
 
 def test_what_clients_are_told_about_the_model(server, image_server):

@@ -7,9 +7,10 @@ from itertools import product
 
 import openai
 import pytest
+from bodies import ollama
 from byte_tokens import SPECIAL, save_tokenizer
 from scripted_model import reference_model
-from servers import MAX_POSITIONS, NAME, serving
+from servers import MAX_POSITIONS, NAME, check_error, serving
 
 from treeflash.errors import PromptError
 from treeflash.testing.models import write_drafter, write_target
@@ -45,9 +46,8 @@ def write_pair(folder, family):
     return target, drafter
 
 
-def expected_ids(model, family):
-    text = FORMS[family].replace("BEFORE", BEFORE).replace("AFTER", AFTER)
-    return model.tokenizer.encode(text)
+def expected_ids(tokenizer, family):
+    return tokenizer.encode(FORMS[family].replace("BEFORE", BEFORE).replace("AFTER", AFTER))
 
 
 @pytest.fixture(scope="module", params=["qwen", "starcoder"])
@@ -70,8 +70,7 @@ def editor(coder):
 def test_prompts_have_the_order_of_their_family(tmp_path, family):
     tokenizer = Tokenizer.from_folder(write_pair(tmp_path, family)[0])
     infill = Infill.find(tokenizer)
-    text = FORMS[family].replace("BEFORE", BEFORE).replace("AFTER", AFTER)
-    assert infill.encode(BEFORE, AFTER) == tokenizer.encode(text)
+    assert infill.encode(BEFORE, AFTER) == expected_ids(tokenizer, family)
     declared = tokenizer.transformers.convert_tokens_to_ids(special_tokens(family))
     assert infill.stop_token_ids == tokenizer.stop_token_ids | set(declared)
     with pytest.raises(PromptError, match="not valid Unicode"):
@@ -89,7 +88,7 @@ def test_a_tokenizer_without_such_tokens(folders):
 def test_a_gap_is_filled_with_and_without_drafts(editor, coder, family):
     """Through both APIs, the text is plain decoding's."""
     plain = coder.generate(
-        expected_ids(coder, family),
+        expected_ids(coder.tokenizer, family),
         method="ar",
         stop_token_ids=Infill.find(coder.tokenizer).stop_token_ids,
         **MORE,
@@ -104,18 +103,14 @@ def test_a_gap_is_filled_with_and_without_drafts(editor, coder, family):
         options = {"num_predict": 24, "temperature": 1.0, "seed": 5}
         body = {"model": NAME, "prompt": BEFORE, "suffix": AFTER, "options": options, "raw": raw}
         response = editor.post("/api/generate", body | {"stream": stream})
-        parts = [x["response"] for x in map(response_of, response.text.splitlines())]
+        parts = [json.loads(line)["response"] for line in response.text.splitlines()]
         assert "".join(parts) == plain.text
-
-
-def response_of(line):
-    return json.loads(line)
 
 
 def test_the_clients_of_editors(editor, coder, family):
     with openai.OpenAI(base_url=f"{editor.url}/v1", api_key="-", max_retries=0) as client:
         answer = client.completions.create(model=NAME, prompt=BEFORE, suffix=AFTER, **MORE)
-    assert answer.usage.prompt_tokens == len(expected_ids(coder, family))
+    assert answer.usage.prompt_tokens == len(expected_ids(coder.tokenizer, family))
     shown = editor.post("/api/show", {"model": NAME}).json()
     assert "insert" in shown["capabilities"]
 
@@ -130,7 +125,7 @@ def test_the_next_file_ends_the_text_of_a_gap(editor, coder, family):
     assert choice["finish_reason"] == "length"
 
 
-def test_several_prompts(editor, coder):
+def test_several_prompts(editor):
     several = editor.complete([BEFORE, "x = "], suffix=AFTER, **MORE).json()["choices"]
     for before, choice in zip([BEFORE, "x = "], several, strict=True):
         (alone,) = editor.complete(before, suffix=AFTER, **MORE).json()["choices"]
@@ -139,7 +134,5 @@ def test_several_prompts(editor, coder):
 
 def test_fields_that_a_gap_excludes(editor):
     for field in ({"system": "Be brief."}, {"format": "json"}, {"think": True}):
-        body = {"model": NAME, "prompt": BEFORE, "suffix": AFTER, **field}
-        response = editor.post("/api/generate", body)
-        assert response.status_code == 400
-        assert response.json()["error"].startswith("suffix has no template: remove system")
+        response = editor.post(*ollama("generate", prompt=BEFORE, suffix=AFTER, **field))
+        check_error(response, 400, "suffix has no template: remove system")

@@ -7,84 +7,74 @@ body with a million faults would hold up all streams for minutes.
 from __future__ import annotations
 
 import pytest
+from bodies import TOKENIZE, USER, chat, messages, ollama, responses, text
 from recordings import recording
+from servers import check_error
 
 from treeflash.serving import application
 from treeflash.serving.schemas import MAX_FAULTS, MAX_ITEMS, Function, allowed_tools
 from treeflash.serving.service import Service
 
 MANY = 3 * MAX_ITEMS
-MESSAGE = {"role": "user", "content": "a"}
 PART = {"type": "text", "text": "a"}
-CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
-MESSAGES = "/v1/messages"
+NAMES = {f"x{i}": 0 for i in range(MANY)}
+NAMESPACE = {"type": "namespace", "name": "n", "tools": [{}] * MANY}
 FAULTY = {
-    "messages": (CHAT, {"messages": [{}] * MANY}),
-    "messages that are no objects": (CHAT, {"messages": [0] * MANY}),
-    "parts": (CHAT, {"messages": [{"role": "user", "content": [{}] * MANY}]}),
-    "calls": (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{}] * MANY}]}),
-    "tools": (CHAT, {"messages": [MESSAGE], "tools": [{}] * MANY}),
-    "biases": (CHAT, {"messages": [MESSAGE], "logit_bias": {f"x{i}": 0 for i in range(MANY)}}),
-    "unknown fields": (CHAT, {"messages": [MESSAGE], **{f"x{i}": 0 for i in range(MANY)}}),
-    "metadata": (CHAT, {"messages": [MESSAGE], "metadata": {f"x{i}": 0 for i in range(MANY)}}),
-    "prompts": (TEXT, {"prompt": [{}] * MANY}),
-    "token ids": (TEXT, {"prompt": [-1] * MANY}),
-    "lists of token ids": (TEXT, {"prompt": [[]] * MANY}),
-    "items": (RESPONSES, {"input": [{}] * MANY}),
-    "functions of a namespace": (
-        RESPONSES,
-        {"input": "a", "tools": [{"type": "namespace", "name": "n", "tools": [{}] * MANY}]},
-    ),
-    "turns": (MESSAGES, {"max_tokens": 1, "messages": [{}] * MANY}),
-    "blocks": (MESSAGES, {"max_tokens": 1, "messages": [{"role": "user", "content": [{}] * MANY}]}),
-    "messages of Ollama": ("/api/chat", {"model": "tiny", "messages": [{}] * MANY}),
-    "images of Ollama": ("/api/generate", {"model": "tiny", "prompt": "a", "images": [0] * MANY}),
-    "tools to tokenize": ("/tokenize", {"messages": [MESSAGE], "tools": [{}] * MANY}),
+    "messages": chat(messages=[{}] * MANY),
+    "messages that are no objects": chat(messages=[0] * MANY),
+    "parts": chat(messages=[{"role": "user", "content": [{}] * MANY}]),
+    "calls": chat(messages=[{"role": "assistant", "tool_calls": [{}] * MANY}]),
+    "tools": chat(tools=[{}] * MANY),
+    "biases": chat(logit_bias=NAMES),
+    "unknown fields": chat(**NAMES),
+    "metadata": chat(metadata=NAMES),
+    "prompts": text(prompt=[{}] * MANY),
+    "token ids": text(prompt=[-1] * MANY),
+    "lists of token ids": text(prompt=[[]] * MANY),
+    "items": responses(input=[{}] * MANY),
+    "functions of a namespace": responses(tools=[NAMESPACE]),
+    "turns": messages(messages=[{}] * MANY),
+    "blocks": messages(messages=[{"role": "user", "content": [{}] * MANY}]),
+    "messages of Ollama": ollama("chat", messages=[{}] * MANY),
+    "images of Ollama": ollama("generate", prompt="a", images=[0] * MANY),
+    "tools to tokenize": (TOKENIZE, {"messages": [USER], "tools": [{}] * MANY}),
     "tokens": ("/detokenize", {"tokens": [-1] * MANY}),
 }
 
 
 @pytest.mark.parametrize("name", FAULTY)
 def test_few_faults_are_described(server, name):
-    path, body = FAULTY[name]
     with recording(application, "field_error") as described:
-        assert server.post(path, body).status_code == 400
+        assert server.post(*FAULTY[name]).status_code == 400
     errors, _ = described[0]
     assert len(errors) <= MAX_FAULTS
 
 
 @pytest.mark.parametrize(
-    ("path", "body"),
+    "request_",
     [
-        (CHAT, {"messages": [MESSAGE] * (MAX_ITEMS + 1)}),
-        (CHAT, {"messages": [{"role": "user", "content": [PART] * (MAX_ITEMS + 1)}]}),
-        (RESPONSES, {"input": [MESSAGE] * (MAX_ITEMS + 1)}),
-        (MESSAGES, {"max_tokens": 1, "messages": [MESSAGE] * (MAX_ITEMS + 1)}),
-        (TEXT, {"prompt": [[1]] * (MAX_ITEMS + 1)}),
-        (RESPONSES, {"input": "a", "metadata": {f"x{i}": "" for i in range(MAX_ITEMS + 1)}}),
+        chat(messages=[USER] * (MAX_ITEMS + 1)),
+        chat(messages=[{"role": "user", "content": [PART] * (MAX_ITEMS + 1)}]),
+        responses(input=[USER] * (MAX_ITEMS + 1)),
+        messages(messages=[USER] * (MAX_ITEMS + 1)),
+        text(prompt=[[1]] * (MAX_ITEMS + 1)),
+        responses(metadata={f"x{i}": "" for i in range(MAX_ITEMS + 1)}),
     ],
+    ids=range(6),
 )
-def test_no_list_is_longer_than_conversations_are(server, path, body):
-    response = server.post(path, body)
-    assert response.status_code == 400
-    assert f"at most {MAX_ITEMS} items" in response.json()["error"]["message"]
+def test_no_list_is_longer_than_conversations_are(server, request_):
+    check_error(server.post(*request_), 400, f"at most {MAX_ITEMS} items")
 
 
-def test_entries_that_are_few_are_named(server):
-    response = server.chat(metadata={"a": 1, "b": 2})
-    assert "metadata.a" in response.json()["error"]["message"]
-
-
-def test_entries_that_are_many_are_counted(server):
-    response = server.chat(metadata={f"x{i}": 0 for i in range(MANY)})
-    assert response.json()["error"]["message"] == f"metadata: {MANY} entries are invalid"
+def test_entries_are_named_if_they_are_few(server):
+    check_error(server.chat(metadata={"a": 1, "b": 2}), 400, "metadata.a")
+    assert check_error(server.chat(metadata=NAMES), 400) == f"metadata: {MANY} entries are invalid"
 
 
 def test_too_many_prompts_are_refused_before_any_is_encoded(server):
     with recording(Service, "encode") as encoded:
         response = server.complete(["a"] * MAX_ITEMS)
-    assert response.status_code == 400
-    assert f"asks for {MAX_ITEMS} answers" in response.json()["error"]["message"]
+    check_error(response, 400, f"asks for {MAX_ITEMS} answers")
     assert not encoded
 
 

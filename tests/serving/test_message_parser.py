@@ -164,13 +164,10 @@ PARSERS = {
 }
 
 
-def parse_with(name, tokenizer, text, size):
-    prompt = PARSERS[name][0]
-    template = ResponseTemplate(TOOL_CALL_PARSERS[name])
-    tools = [
-        {"function": {"name": "add", "parameters": {"properties": {"a": {"type": "integer"}}}}}
-    ]
-    parser = MessageParser(MessageForm(template, f"<|user|>Hi{prompt}", tools), tokenizer)
+def parse(template, prompt, tokenizer, text, size):
+    schema = {"properties": {"a": {"type": "integer"}}}
+    form = MessageForm(template, prompt, [{"function": {"name": "add", "parameters": schema}}])
+    parser = MessageParser(form, tokenizer)
     parser.read(chunks_of(tokenizer, tokenizer.encode(text), size))
     return parser
 
@@ -178,18 +175,15 @@ def parse_with(name, tokenizer, text, size):
 @pytest.mark.parametrize("size", [1, 5, 1000])
 @pytest.mark.parametrize("name", TOOL_CALL_PARSERS)
 def test_tool_call_parsers(tokenizer, name, size):
-    _, text, calls = PARSERS[name]
-    parser = parse_with(name, tokenizer, text + calls, size)
+    prompt, text, calls = PARSERS[name]
+    template, prompt = ResponseTemplate(TOOL_CALL_PARSERS[name]), f"<|user|>Hi{prompt}"
+    parser = parse(template, prompt, tokenizer, text + calls, size)
     found = [(x.name, json.loads(x.arguments)) for x in parser.calls]
     assert found == [("add", {"a": i + 1}) for i in range(2 if "2" in calls else 1)]
     assert parser.content == text
     assert all(len(call.id) == 9 for call in parser.calls)
-
-
-@pytest.mark.parametrize("name", TOOL_CALL_PARSERS)
-def test_text_without_calls(tokenizer, name):
-    parser = parse_with(name, tokenizer, "It is {here}.", 3)
-    assert (parser.content, parser.calls) == ("It is {here}.", [])
+    plain = parse(template, prompt, tokenizer, "It is {here}.", size)
+    assert (plain.content, plain.calls) == ("It is {here}.", [])
 
 
 FAMILIES = {
@@ -216,10 +210,7 @@ def test_families_whose_tokenizers_have_no_template(tokenizer, family, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     plain = SimpleNamespace(transformers=SimpleNamespace(response_template=None))
     template = ResponseTemplate.find(plain, tmp_path)
-    schema = {"properties": {"a": {"type": "integer"}}}
-    tools = [{"function": {"name": "add", "parameters": schema}}]
-    parser = MessageParser(MessageForm(template, prompt, tools), tokenizer)
-    parser.read(chunks_of(tokenizer, tokenizer.encode(text), 1000))
+    parser = parse(template, prompt, tokenizer, text, 1000)
     assert (parser.reasoning, parser.content) == ("Hm.", "Yes.")
     assert [(x.name, json.loads(x.arguments)) for x in parser.calls] == [("add", {"a": 1})]
 

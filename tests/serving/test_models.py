@@ -9,11 +9,12 @@ import random
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 
 import httpx
 import pytest
 from asgi import ask_async
-from failures import failing as failing_call
+from failures import failing
 from protocols import PROTOCOLS, Ask
 from scripted_model import reference_model
 from servers import MAX_POSITIONS, PATIENCE, Gate, check_error, serving_pool, wait_until
@@ -193,13 +194,6 @@ def test_a_model_is_not_put_away_while_it_answers(serve_models, loads, alone):
     assert loads.counts == {"One": 2, "two": 1}
 
 
-def test_the_least_recently_used_model_leaves(serve_models):
-    server = serve_models(max_models=2)
-    for name in ("One", "two", "One", "org/three"):
-        server.post(CHAT, question(name))
-    assert in_memory(server) == {"One", "org/three"}
-
-
 def test_a_model_leaves_after_its_time(serve_models, loads, alone):
     server = serve_models(unload_after=0.05)
     for _ in range(2):
@@ -246,17 +240,19 @@ def test_a_load_that_fails_is_an_error_of_its_requests(serve_models, loads, alon
     assert counted(server, "model_load_failures_total")["two"] == len(expected)
 
 
-def test_memory_is_made_for_a_load(serve_models, loads, alone):
-    """The least recently used model leaves, and the load is tried again."""
-    server = serve_models()
-    loads.capacity = 2
+@pytest.mark.sample(None)
+@pytest.mark.parametrize("limit", ["models", "memory"])
+def test_the_least_recently_used_model_leaves(serve_models, loads, alone, limit):
+    """Where memory is short, the load is tried again."""
+    server = serve_models(**({"max_models": 2} if limit == "models" else {}))
+    loads.capacity = 2 if limit == "memory" else None
     for name in ("One", "two", "One", "org/three"):
         assert text_of(server.post(CHAT, question(name))) == answer_of(alone[name])
     assert in_memory(server) == {"One", "org/three"}
     assert counted(server, "model_load_failures_total").total() == 0
 
 
-def test_memory_that_runs_out_amid_an_answer(serve_models, failing, alone):
+def test_memory_that_runs_out_amid_an_answer(serve_models, alone):
     """Its client is told to try again, an idle model leaves for it, and others go on."""
     server = serve_models()
     for name in ("two", "org/three", "One"):
@@ -265,11 +261,9 @@ def test_memory_that_runs_out_amid_an_answer(serve_models, failing, alone):
     with ThreadPoolExecutor(1) as clients:
         running = clients.submit(server.post, CHAT, question("org/three") | long)
         wait_until(lambda: other.unfinished)
-        failing(server, MemoryError("out of memory"))
-        assert server.post(CHAT, question("One")).json()["error"] == {
-            "message": "the device is out of memory; send the request again",
-            "type": "service_unavailable_error", "param": None, "code": "memory",
-        }  # fmt: skip
+        verifier, short = server.engine.model.backend.verifier, MemoryError("out of memory")
+        with failing(verifier, "run", short, call=1):
+            check_error(server.post(CHAT, question("One")), 503, "device is out of memory; send")
         wait_until(lambda: in_memory(server) == {"One", "org/three"})
         assert running.result().status_code == 200
     assert text_of(server.post(CHAT, question("One"))) == answer_of(alone["One"])
@@ -283,11 +277,11 @@ def test_what_clients_see_when_memory_runs_out_amid_an_answer(serve_models, api,
     server.post(CHAT, question("One"))
     verifier, short = server.engine.model.backend.verifier, MemoryError("out of memory")
     server.post(CHAT, question("two"))
-    with failing_call(verifier, "run", short, call=3), pytest.raises(api.failure):
+    with failing(verifier, "run", short, call=3), pytest.raises(api.failure):
         api.ask(server.url, asked, stream=stream)
     wait_until(lambda: in_memory(server) == {"One"})
     server.post(CHAT, question("two"))
-    with failing_call(verifier, "run", short, call=3):
+    with failing(verifier, "run", short, call=3):
         answer = server.post(api.path, api.body(asked) | {"stream": stream})
     wait_until(lambda: in_memory(server) == {"One"})
     assert api.told(answer, 503) == "the device is out of memory; send the request again"
@@ -374,6 +368,10 @@ def test_lists_of_models(serve_models, pairs):
         lengths = [MAX_POSITIONS - i for i in range(3)]
         assert [x["max_model_len"] for x in data] == lengths
         assert [x["max_input_tokens"] for x in data] == lengths
+        first = data[0]
+        assert server.client.get("/v1/models/One").json() == first
+        assert (first["type"], first["display_name"]) == ("model", "One")  # of Anthropic's API
+        assert datetime.fromisoformat(first["created_at"]).timestamp() == first["created"]
         assert server.client.get("/v1/models/org/THREE").json()["max_model_len"] == lengths[2]
         tags = server.client.get("/api/tags").json()["models"]
         assert [x["name"] for x in tags] == [*NAMES]

@@ -18,7 +18,6 @@ from treeflash.hub.sizes import parameter_count
 from treeflash.low_bits import METHOD, LowBitFormat, StoredWeight
 from treeflash.serving.model_facts import ModelFacts
 from treeflash.serving.ollama import ChatRequest, OllamaFormatter, OllamaOptions, human_number
-from treeflash.serving.schemas import allowed_tools
 
 ollama = pytest.importorskip("ollama")
 
@@ -53,12 +52,9 @@ def test_lines_are_the_default_and_have_no_events(server):
 
 
 def test_json_is_an_object(client):
-    options = {"num_predict": 400, "temperature": 0.3}
+    options = {"num_predict": 40, "temperature": 0.3}
     found = client.generate(NAME, "Hello.", format="json", options=options, think=False)
-    if found.done_reason == "stop":
-        assert isinstance(json.loads(found.response), dict)
-    else:
-        assert found.response.lstrip().startswith("{")
+    assert found.response.lstrip().startswith("{")
 
 
 def test_a_raw_prompt_has_no_template(client, server):
@@ -152,19 +148,6 @@ def test_the_precision_of_most_weights(tmp_path, settings, expected):
     assert ModelFacts.of_folder(tmp_path, None, images=False).precision == expected
 
 
-def test_a_call_has_an_id(server, monkeypatch):
-    """The package drops it. The call is enforced: a model of random weights writes none."""
-    monkeypatch.setattr(
-        "treeflash.serving.ollama.allowed_tools",
-        lambda functions, choice: allowed_tools(functions, "required", parallel=False),
-    )
-    fields = {"model": NAME, "messages": HELLO, "tools": [PAINT], "think": False}
-    response = server.post("/api/chat", fields | {"options": {"num_predict": 400}})
-    parts = [json.loads(line) for line in response.text.splitlines()]
-    (call,) = [call for part in parts for call in part["message"].get("tool_calls", [])]
-    assert call["id"], "its result may name it"
-
-
 def test_models_are_listed_and_shown(client):
     assert [model.model for model in client.list().models] == [NAME]
     assert [model.model for model in client.ps().models] == [NAME]
@@ -203,17 +186,6 @@ def test_quantised_weights_have_no_count(tmp_path):
     assert parameter_count(tmp_path) is None
     save_file({"a": np.zeros((2, 3), np.float16)}, tmp_path / "model.safetensors")
     assert parameter_count(tmp_path) == 6
-
-
-@pytest.mark.parametrize("name", [NAME.upper(), f"{NAME.title()}:latest", f"{NAME}:LATEST"])
-def test_names_ignore_case(client, name):
-    assert client.chat(name, HELLO, options=SHORT).eval_count == 12
-    assert client.show(name).modelinfo["general.architecture"] == "llama"
-
-
-def test_a_model_is_loaded_already(client):
-    for found in (client.chat(NAME), client.generate(NAME)):
-        assert (found.done, found.done_reason) == (True, "load")
 
 
 def test_a_digest_is_of_the_model(client, server, tmp_path):

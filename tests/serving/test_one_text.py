@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_models import FakeBackend
+from protocols import PROTOCOLS, Ask
 from servers import Running, serving
 from tiny_tokenizers import BUILDERS, save_folder
 from tokenizers import AddedToken
@@ -121,39 +122,16 @@ def command_texts(capsys, **options: Any) -> Iterator[str]:
         yield json.loads(out)["text"] if form else out.removesuffix("\n")
 
 
-def openai_texts(server: Running, max_tokens: int, stop: list[str]) -> Iterator[str]:
-    limits: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop}
-    yield server.complete(BEGIN, **limits).json()["choices"][0]["text"]
-    frames = server.frames("/v1/completions", prompt=BEGIN, **limits)
-    yield "".join(frame["choices"][0]["text"] for frame in frames)
-    message = server.chat(**limits).json()["choices"][0]["message"]
-    yield message.get("reasoning_content", "") + message["content"]
-    frames = server.frames("/v1/chat/completions", messages=USER, **limits)
-    deltas = [frame["choices"][0]["delta"] for frame in frames]
-    yield "".join(x.get("reasoning_content", "") + x.get("content", "") for x in deltas)
-
-
-def anthropic_text(server: Running, max_tokens: int, stop: list[str]) -> str:
-    body = {"messages": USER, "max_tokens": max_tokens, "stop_sequences": stop}
-    parts = server.post("/v1/messages", body).json()["content"]
-    return "".join(part.get("thinking", "") + part.get("text", "") for part in parts)
-
-
-def ollama_texts(server: Running, max_tokens: int, stop: list[str]) -> Iterator[str]:
-    body = {"model": "tiny", "options": {"num_predict": max_tokens, "stop": stop}, "stream": False}
-    answer = server.post("/api/generate", {**body, "prompt": BEGIN, "raw": True}).json()
-    yield answer["response"]
-    answer = server.post("/api/generate", {**body, "prompt": "end"}).json()
-    yield answer.get("thinking", "") + answer["response"]
-    message = server.post("/api/chat", {**body, "messages": USER}).json()["message"]
-    yield message.get("thinking", "") + message["content"]
-
-
-def responses_text(server: Running, max_tokens: int) -> str:
-    """The text of an API without stop strings."""
-    body = {"input": USER, "max_output_tokens": max_tokens}
-    items = server.post("/v1/responses", body).json()["output"]
-    return "".join(part["text"] for item in items for part in item["content"])
+def api_texts(server: Running, max_tokens: int, stop: list[str]) -> Iterator[str]:
+    """The reasoning and the content of each API that can stop so, whole and as a stream."""
+    for api in PROTOCOLS:
+        if stop and "stop" not in api.can:
+            continue
+        text = "end" if "messages" in api.can else BEGIN
+        for stream in (False, True):
+            asked = Ask(text, max_tokens=max_tokens, stop=stop)
+            found = api.ask(server.url, asked, stream=stream)
+            yield found.thinking + found.text
 
 
 TEXTS = {
@@ -200,8 +178,4 @@ def test_every_interface_has_the_characters_of_python(
         assert END not in expected
         assert others == [expected] * 2
         assert list(command_texts(capsys, **options)) == [expected] * 2
-        assert list(openai_texts(server, **limits)) == [expected] * 4
-        assert anthropic_text(server, **limits) == expected
-        assert list(ollama_texts(server, **limits)) == [expected] * 3
-        if not stop:
-            assert responses_text(server, max_tokens) == expected
+        assert set(api_texts(server, **limits)) == {expected}

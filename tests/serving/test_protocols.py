@@ -13,6 +13,7 @@ for package in ("anthropic", "ollama", "openai", "PIL.Image"):
 
 from failures import failing
 from protocols import PROTOCOLS, Ask, having
+from protocols.ollama_api import OllamaChat
 from scripted_model import scripted_model
 from servers import (
     Gate,
@@ -192,6 +193,13 @@ def test_calls_follow_the_text(scripted, api, stream):
     assert found.reason == ("calls" if "call ids" in api.can else "stop")
     if "call ids" in api.can:
         assert len({call.id for call in found.calls} - {""}) == 2
+
+
+def test_calls_of_ollama_have_ids(scripted):
+    """Its package drops them; a result may name its call."""
+    response = scripted.post(*OllamaChat().request(Ask(functions=[PAINT, WASH], max_tokens=60)))
+    ids = {call["id"] for call in response.json()["message"]["tool_calls"]}
+    assert len(ids - {""}) == 2
 
 
 @apis("calls")
