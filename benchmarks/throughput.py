@@ -19,11 +19,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from operator import eq
+from statistics import median
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 from rich.progress import track
 
 from benchmarks.common import (
@@ -47,25 +46,31 @@ from treeflash.text.prompt import encode, read_rows
 SYSTEMS = ("treeflash", "transformers", "mlx-lm")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A finished sequence of a group.
-
-    Attributes:
-        token_ids: the new tokens, the stop token included.
-        first_s: seconds from handing over the group to the first token.
-        last_s: seconds from handing over the group to the last token.
-    """
-
-    token_ids: tuple[int, ...]
-    first_s: float
-    last_s: float
-
-
 Group: TypeAlias = Sequence[list[int]]
 """Prompts that are handed over at once."""
-Run: TypeAlias = Callable[[Group, int], list[Answer]]
-"""Answers a group, each prompt with at most that many tokens; the answers are in order."""
+
+
+class Answers:
+    """The tokens of a group's sequences, and the times at which they arrived.
+
+    Attributes:
+        tokens: the new tokens of each sequence, the stop token included.
+        times: seconds from handing over the group to the arrivals of each sequence.
+    """
+
+    def __init__(self, sequences: int) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(sequences)]
+        self.times: list[list[float]] = [[] for _ in range(sequences)]
+        self._started = time.perf_counter()
+
+    def add(self, sequence: int, tokens: Sequence[int]) -> None:
+        """Record tokens of a sequence that have just arrived."""
+        self.tokens[sequence] += tokens
+        self.times[sequence].append(time.perf_counter() - self._started)
+
+
+Run: TypeAlias = Callable[[Group, int], Answers]
+"""Answers a group, each prompt with at most that many tokens."""
 
 
 class System(NamedTuple):
@@ -75,14 +80,7 @@ class System(NamedTuple):
     method: str
 
 
-FIGURES = (
-    "tokens_per_s",
-    "first_token_s",
-    "first_token_p95_s",
-    "ratio_to_ar",
-    "ratio_to_padded",
-    "ratio_to_one",
-)
+FIGURES = ("tokens_per_s", "first_token_s", "ratio_to_ar", "ratio_to_padded", "ratio_to_one")
 
 
 class Case(NamedTuple):
@@ -102,42 +100,21 @@ class Case(NamedTuple):
         }
 
 
-Records: TypeAlias = dict[Case, list[list[Answer]]]
+Records: TypeAlias = dict[Case, list[Answers]]
 """The answers to each group of a case; the groups of a set have the same order in every case."""
-
-
-class Arrivals:
-    """The tokens of a group, and the times at which they arrived."""
-
-    def __init__(self, sequences: int) -> None:
-        self.tokens: list[list[int]] = [[] for _ in range(sequences)]
-        self.times: list[list[float]] = [[] for _ in range(sequences)]
-        self.started = time.perf_counter()
-
-    def add(self, sequence: int, tokens: Sequence[int]) -> None:
-        """Record tokens of a sequence that have just arrived."""
-        self.tokens[sequence] += tokens
-        self.times[sequence].append(time.perf_counter() - self.started)
-
-    def answers(self) -> list[Answer]:
-        """Return the finished sequences."""
-        return [
-            Answer(token_ids=tuple(tokens), first_s=times[0], last_s=times[-1])
-            for tokens, times in zip(self.tokens, self.times, strict=True)
-        ]
 
 
 def treeflash(model: LanguageModel, method: Method) -> Run:
     """Run a method of treeflash through the scheduler."""
 
-    def run(group: Group, max_tokens: int) -> list[Answer]:
+    def run(group: Group, max_tokens: int) -> Answers:
         config = model.decode_config({"method": method, "max_tokens": max_tokens})
         scheduler = model.scheduler(SchedulerConfig(max_parallel=len(group)), None)
-        arrivals = Arrivals(len(group))
+        answers = Answers(len(group))
         requests = [Request(prompt_ids=ids, config=config, tag=n) for n, ids in enumerate(group)]
         for request, step in scheduler.decode(requests):
-            arrivals.add(request.tag, step.tokens)
-        return arrivals.answers()
+            answers.add(request.tag, step.tokens)
+        return answers
 
     return run
 
@@ -158,7 +135,7 @@ def transformers(model: LanguageModel) -> Run:
     other.generation_config = config
     other = other.to(device).eval()
 
-    def generate(group: Group, max_tokens: int) -> list[Answer]:
+    def generate(group: Group, max_tokens: int) -> Answers:
         class Clock(BaseStreamer):
             """Passes on the tokens of each forward pass, one for each sequence."""
 
@@ -168,7 +145,7 @@ def transformers(model: LanguageModel) -> Run:
                 if self.saw_prompts:
                     for sequence, token in enumerate(value.tolist()):
                         if sequence not in ended:
-                            arrivals.add(sequence, [token])
+                            answers.add(sequence, [token])
                             ended.update([sequence] if token in stop else [])
                 self.saw_prompts = True
 
@@ -176,7 +153,7 @@ def transformers(model: LanguageModel) -> Run:
                 pass
 
         ended: set[int] = set()
-        arrivals = Arrivals(len(group))
+        answers = Answers(len(group))
         width = max(map(len, group))
         padded = [[pad] * (width - len(ids)) + ids for ids in group]
         mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in group]
@@ -186,7 +163,7 @@ def transformers(model: LanguageModel) -> Run:
             max_new_tokens=max_tokens,
             streamer=Clock(),
         )
-        return arrivals.answers()
+        return answers
 
     return generate
 
@@ -202,21 +179,21 @@ def mlx_lm(model: LanguageModel) -> Run:
     other.set_dtype(getattr(mx, backend.dtype))
     mx.eval(other.parameters())
 
-    def batch_generate(group: Group, max_tokens: int) -> list[Answer]:
+    def batch_generate(group: Group, max_tokens: int) -> Answers:
         generator = BatchGenerator(
             other,
             stop_tokens=[[token] for token in sorted(model.tokenizer.stop_token_ids)],
             completion_batch_size=len(group),
             prefill_batch_size=len(group),
         )
-        arrivals = Arrivals(len(group))
+        answers = Answers(len(group))
         uids = generator.insert(list(group), [max_tokens] * len(group))
         numbers = {uid: number for number, uid in enumerate(uids)}
         while responses := generator.next_generated():
             for response in responses:
-                arrivals.add(numbers[response.uid], [response.token])
+                answers.add(numbers[response.uid], [response.token])
         generator.close()
-        return arrivals.answers()
+        return answers
 
     return batch_generate
 
@@ -331,8 +308,8 @@ def make_rows(records: Records) -> list[Row]:
     sequences with the same tokens as treeflash's plain decoding at this concurrency.
     """
     speeds = {
-        case: sum(len(answer.token_ids) for group in groups for answer in group)
-        / sum(max(answer.last_s for answer in group) for group in groups)
+        case: sum(len(tokens) for group in groups for tokens in group.tokens)
+        / sum(max(times[-1] for times in group.times) for group in groups)
         for case, groups in records.items()
     }
 
@@ -341,23 +318,21 @@ def make_rows(records: Records) -> list[Row]:
 
     rows = []
     for case, groups in records.items():
-        answers = list(chain.from_iterable(groups))
-        plain = chain.from_iterable(records.get(case._replace(system=PLAIN), []))
-        first = [answer.first_s for answer in answers]
+        texts = [tokens for group in groups for tokens in group.tokens]
+        others = records.get(case._replace(system=PLAIN), [])
+        plain = [tokens for group in others for tokens in group.tokens]
+        first = [times[0] for group in groups for times in group.times]
         rows.append(
             {
                 "set": case.set,
                 **case.columns,
                 "tokens_per_s": speeds[case],
-                "first_token_s": float(np.median(first)),
-                "first_token_p95_s": float(np.quantile(first, 0.95)),
+                "first_token_s": median(first),
                 "ratio_to_ar": ratio(case, case._replace(system=PLAIN)),
                 "ratio_to_padded": ratio(case, case._replace(system=PADDED)),
                 "ratio_to_one": ratio(case, case._replace(concurrency=1)),
-                "equal": sum(
-                    x.token_ids == y.token_ids for x, y in zip(answers, plain, strict=False)
-                ),
-                "prompts": len(answers),
+                "equal": sum(map(eq, texts, plain)),
+                "prompts": len(texts),
             }
         )
     cases = dict.fromkeys(case._replace(set=MEAN) for case in records)
