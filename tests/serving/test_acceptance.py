@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from copy import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -112,12 +113,13 @@ def test_reasons_are_those_of_the_pair(evaluated, lines):
         assert reason in line
 
 
-def test_thinking_is_a_reason_where_the_template_knows_it(evaluated, lines, monkeypatch):
+def test_thinking_is_a_reason_where_the_template_knows_it(evaluated, lines):
     model = evaluated()
     for template, thinking in ((THINKING, False), (THINKING, True), ("{{ messages }}", False)):
-        monkeypatch.setattr(model.tokenizer.transformers, "chat_template", template)
-        monkeypatch.setattr(model.tokenizer, "thinking", thinking)
-        add(AcceptanceMonitor(model), 0)
+        tokenizer = copy(model.tokenizer)
+        tokenizer.transformers = copy(tokenizer.transformers)
+        tokenizer.transformers.chat_template, tokenizer.thinking = template, thinking
+        add(AcceptanceMonitor(replace(model, tokenizer=tokenizer)), 0)
     first, *others = lines()
     assert "thinking, which was off in its training (treeflash doctor " in first
     assert " --thinking)" in first
