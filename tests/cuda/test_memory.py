@@ -128,7 +128,7 @@ def test_the_pairs_of_the_device_suite_fit_one_gpu(cuda, folders, monkeypatch):
 
     Others may have most of the card, of which a load would warn.
     """
-    monkeypatch.setattr(accelerators, "cuda_problem", lambda: None)
+    monkeypatch.setattr(accelerators, "need_cuda", lambda: DEVICE)
     cuda.free_bytes, states = 15 * GIB, []
     held = torch.empty(10 * GIB, dtype=torch.uint8, device=DEVICE)
     for _ in range(4):
