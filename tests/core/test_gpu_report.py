@@ -126,25 +126,6 @@ def test_a_failed_capture_and_an_unused_graph_are_lines(judge):
     ]
 
 
-@pytest.mark.parametrize(
-    ("tokens", "line"),
-    [
-        ([1, 2, 3], None),
-        ([1, 9, 3], "it differs from plain decoding at token 1 of 3"),
-        ([1, 2], "it differs from plain decoding at token 2 of 3"),
-    ],
-)
-def test_a_text_that_is_not_plain_decodings_is_a_line(judge, tokens, line):
-    assert judge.text_problem("it", [1, 2, 3], tokens) == line
-
-
-def test_logits_beyond_rounding_are_a_line(judge):
-    assert judge.logits_problem("masks", 0.01) is None
-    line = judge.logits_problem("masks", 0.2)
-    assert line == "masks: the logits differ by 20.0% of their standard deviation"
-    assert judge.logits_problem("masks", float("nan")) is not None
-
-
 def test_the_largest_shape_that_fits_the_gpu_and_the_disk_is_measured(judge):
     gib = 1 << 30
     assert judge.choose_shape(79 * gib, 64 * gib) == "qwen3-8b"
@@ -173,12 +154,3 @@ def test_a_missing_extra_is_named_before_the_work(module, monkeypatch):
     monkeypatch.setattr(common, "find_spec", lambda name: None if name == "pytest" else name)
     with pytest.raises(ConfigError, match=r"needs pytest; pip install '\.\[mlx,testing\]'"):
         common.require_testing("mlx")
-
-
-def test_kernels_that_spill_or_do_not_fit_are_lines(judge):
-    usage = {"model": "qwen3-8b", "kernel": "gated", "shared_bytes": 100, "spilled_bytes": 0}
-    wide = usage | {"model": "qwen3-8b in float32", "spilled_bytes": 8}
-    assert list(judge.usage_problems([usage, wide], 100)) == []
-    assert list(judge.usage_problems([usage], 99)) == ["gated of qwen3-8b needs 100 B"]
-    (line,) = judge.usage_problems([usage | {"spilled_bytes": 8}], 100)
-    assert line == "gated of qwen3-8b spills 8 B"
