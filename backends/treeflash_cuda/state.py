@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,36 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treeflash.decoding.backend_base import BaseState, distinct
+from treeflash.decoding import backend_base
+from treeflash.decoding.backend_base import BaseState, Unprojected, distinct, rows_of, with_rows
 from treeflash.decoding.interfaces import StateArrays
 from treeflash_cuda.cache import Arena, KVCache, from_host, to_host
 from treeflash_cuda.gpu.host_copies import host_copies
 from treeflash_cuda.recurrent_states import CommittedStates, Key, RecurrentStates
 
-
-@dataclass(frozen=True, eq=False)
-class Unprojected:
-    """Outputs of the captured layers at positions that were decoded one by one.
-
-    They are projected to features when the drafter reads them, all at once: a product of many rows
-    takes about as long as one of a single row, and while drafting pauses it reads none.
-    """
-
-    rows: Tensor  # (n, layers * hidden_size)
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, part: slice) -> Unprojected:
-        return Unprojected(self.rows[part])
-
-    def clone(self) -> Unprojected:
-        return Unprojected(self.rows.clone())
-
+MAX_UNPROJECTED = 32
+"""Positions of a sequence that are projected at once while drafting pauses. Several layers have
+several times as many numbers as features, so that more would take memory and save little."""
 
 ContextPart: TypeAlias = Tensor | Unprojected
 """Projected features of n positions, or what they are computed from."""
@@ -91,7 +69,8 @@ class State(BaseState[KVCache, CommittedStates]):
             new.kv_cache.copy_from(self.kv_cache, length, following)
             if self.drafter and new.drafter:
                 new.drafter.copy_from(self.drafter, length)
-                new.context = [part.clone() for part in self.context_before(length)]
+                parts = self.context_before(length)
+                new.context = [with_rows(part, torch.clone) for part in parts]
         except BaseException:
             new.close()  # pages of the arena are not given back by themselves
             raise
@@ -163,28 +142,16 @@ class State(BaseState[KVCache, CommittedStates]):
         return [] if self.recurrent is None else self.recurrent.read()
 
 
-def rows_of(part: ContextPart) -> Tensor:
-    """Return the tensor of a part of a context."""
-    return part.rows if isinstance(part, Unprojected) else part
-
-
-def is_unprojected(part: ContextPart) -> bool:
-    return isinstance(part, Unprojected)
-
-
-def waiting_rows(state: State) -> int:
-    """Return how many of the latest positions are unprojected."""
-    return sum(map(len, takewhile(is_unprojected, reversed(state.context))))
+def has_many_unprojected(state: State) -> bool:
+    """Return whether so many of the latest positions wait that they are better projected now."""
+    context = state.context
+    return len(context) >= MAX_UNPROJECTED and isinstance(context[-MAX_UNPROJECTED], Unprojected)
 
 
 def project_contexts(states: Iterable[State], project: Callable[[Tensor], Tensor]) -> None:
     """Project what the contexts of sequences have unprojected, in one product."""
-    found = [
-        (state, i) for state in states for i, x in enumerate(state.context) if is_unprojected(x)
-    ]
-    if not found:
-        return
-    waiting = [state.context[i].rows for state, i in found]
-    features = project(torch.cat(waiting)).split([len(rows) for rows in waiting])
-    for (state, i), part in zip(found, features, strict=True):
-        state.context[i] = part
+
+    def project_all(parts: list[Tensor]) -> Sequence[Tensor]:
+        return project(torch.cat(parts)).split([len(rows) for rows in parts])
+
+    backend_base.project_contexts(states, project_all)

@@ -13,7 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treeflash.decoding.backend_base import CommittedPath, PassRows, by_outputs, undone_on_failure
+from treeflash.decoding.backend_base import (
+    CommittedPath,
+    PassRows,
+    Unprojected,
+    by_outputs,
+    undone_on_failure,
+)
 from treeflash.decoding.interfaces import Pass, Prefill, Verify
 from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.cache import Slab
@@ -25,15 +31,11 @@ from treeflash_cuda.mtp_head import MtpModel
 from treeflash_cuda.numerics import upload_all
 from treeflash_cuda.recurrent_states import CommittedStates, SequenceWrites
 from treeflash_cuda.sampling import sample
-from treeflash_cuda.state import ContextPart, State, Unprojected, project_contexts, waiting_rows
+from treeflash_cuda.state import ContextPart, State, has_many_unprojected, project_contexts
 from treeflash_cuda.target import Rows, RowsResult, Target
 
 FIRST_CHUNK, NEXT_CHUNK = 2048, 1024
 """Prompt tokens per forward pass; chunks after the first need a mask, and so are smaller."""
-
-MAX_UNPROJECTED = 32
-"""Positions of a sequence that are projected at once while drafting pauses. Several layers have
-several times as many numbers as features, so that more would take memory and save little."""
 
 Path: TypeAlias = CommittedPath[State]
 """The nodes of a sequence to commit."""
@@ -115,7 +117,7 @@ class Verifier:
 
     def commit_paths(self, paths: Sequence[Path]) -> None:
         """Commit paths. Steps that may fail come first: a failed call must change no sequence."""
-        if waiting := [x.state for x in paths if waiting_rows(x.state) >= MAX_UNPROJECTED]:
+        if waiting := [x.state for x in paths if has_many_unprojected(x.state)]:
             assert self.drafter is not None
             project_contexts(waiting, self.drafter.project)
         moves: dict[Slab, list[tuple[NDArray[Any], NDArray[Any]]]] = {}

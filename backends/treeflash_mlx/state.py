@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -10,7 +10,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.decoding.backend_base import BaseState
+from treeflash.decoding import backend_base
+from treeflash.decoding.backend_base import BaseState, Unprojected, rows_of, with_rows
 from treeflash.decoding.interfaces import StateArrays
 from treeflash_mlx.cache import KVCache, PassWrites, by_numbers, to_host
 from treeflash_mlx.hybrid import RecurrentStates, state_arrays
@@ -27,34 +28,8 @@ class Ahead:
     written: PassWrites | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Unprojected:
-    """Outputs of the captured layers at positions that were decoded one by one.
-
-    They are projected to features when the drafter reads them, all at once: while drafting pauses
-    it reads none.
-    """
-
-    rows: mx.array  # (n, layers * hidden_size)
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, part: slice) -> Unprojected:
-        return Unprojected(self.rows[part])
-
-
 ContextPart: TypeAlias = mx.array | Unprojected
 """Projected features of n positions, or what they are computed from."""
-
-
-def rows_of(part: ContextPart) -> mx.array:
-    """Return the array of a part of a context."""
-    return part.rows if isinstance(part, Unprojected) else part
 
 
 class State(BaseState[KVCache, RecurrentStates]):
@@ -78,9 +53,7 @@ class State(BaseState[KVCache, RecurrentStates]):
             drafter = self.drafter.copy(length, capacity + block)
         new = State(self.kv_cache.copy(length, capacity, recurrent), drafter)
         if self.drafter:
-            for part in self.context_before(length):
-                rows = mx.contiguous(rows_of(part))
-                new.context.append(Unprojected(rows) if isinstance(part, Unprojected) else rows)
+            new.context = [with_rows(x, mx.contiguous) for x in self.context_before(length)]
             mx.eval(new.context_arrays())
         return new
 
@@ -144,15 +117,9 @@ class State(BaseState[KVCache, RecurrentStates]):
 
 def project_contexts(states: Sequence[State], project: Callable[[mx.array], mx.array]) -> None:
     """Project what the contexts of sequences have unprojected, in one product."""
-    places = [
-        (state, i)
-        for state in states
-        for i, part in enumerate(state.context)
-        if isinstance(part, Unprojected)
-    ]
-    if not places:
-        return
-    features = project(mx.concatenate([state.context[i].rows for state, i in places]))
-    ends = np.cumsum([len(state.context[i]) for state, i in places])[:-1].tolist()
-    for (state, i), part in zip(places, mx.split(features, ends), strict=True):
-        state.context[i] = part
+
+    def project_all(parts: list[mx.array]) -> Iterable[mx.array]:
+        ends = np.cumsum([len(rows) for rows in parts])[:-1].tolist()
+        return mx.split(project(mx.concatenate(parts)), ends)
+
+    backend_base.project_contexts(states, project_all)

@@ -14,7 +14,9 @@ from treeflash.decoding.backend_base import (
     CommittedPath,
     Outputs,
     PassRows,
+    Unprojected,
     by_outputs,
+    rows_of,
     undone_on_failure,
 )
 from treeflash.decoding.interfaces import Pass, Prefill, Verify
@@ -25,7 +27,7 @@ from treeflash_mlx.drafter import OutputStage
 from treeflash_mlx.drafter_model import DrafterModel
 from treeflash_mlx.mtp_head import MtpModel
 from treeflash_mlx.sampling import draw, edit, read_tokens, sample, with_log_probs
-from treeflash_mlx.state import Ahead, ContextPart, State, Unprojected, rows_of
+from treeflash_mlx.state import Ahead, ContextPart, State
 from treeflash_mlx.target import Target
 
 PREFILL_CHUNK = 2048

@@ -31,7 +31,7 @@ from treeflash_cuda.drafter_loading import pack_drafter
 from treeflash_cuda.linear import weights_by_format
 from treeflash_cuda.operations import PYTORCH
 from treeflash_cuda.quantised_weights import BITS, GROUP, quantise_weight
-from treeflash_cuda.verifier import MAX_UNPROJECTED
+from treeflash_cuda.state import MAX_UNPROJECTED
 
 SIZES = SimpleNamespace(hidden_size=16, intermediate_size=32)
 

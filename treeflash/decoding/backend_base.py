@@ -117,6 +117,37 @@ class KVCache(Protocol):
 K = TypeVar("K", bound=KVCache)
 
 
+@dataclass(frozen=True, eq=False)
+class Unprojected:
+    """Outputs of the captured layers at positions that were decoded one by one.
+
+    They are projected to features when the drafter reads them, all at once: a product of many rows
+    takes about as long as one of a single row, and while drafting pauses it reads none.
+    """
+
+    rows: Any  # (n, layers * hidden_size) of a backend's arrays
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.rows.nbytes)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> Unprojected:
+        return Unprojected(self.rows[part])
+
+
+def rows_of(part: Any) -> Any:
+    """Return the array of a part of a context: features, or what they are computed from."""
+    return part.rows if isinstance(part, Unprojected) else part
+
+
+def with_rows(part: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a part of a context with a changed array."""
+    return Unprojected(change(part.rows)) if isinstance(part, Unprojected) else change(part)
+
+
 class BaseState(ABC, Generic[K, R]):
     """A `SequenceState` from KV caches, unread features and the states of recurrent layers.
 
@@ -132,8 +163,8 @@ class BaseState(ABC, Generic[K, R]):
             target has no recurrent layers.
 
     Attributes:
-        context: arrays of (n, ...) features, in order, of the committed positions that the drafter
-            has not read yet.
+        context: arrays of (n, ...) features, or `Unprojected` ones, in order, of the committed
+            positions that the drafter has not read yet.
         snapshots: states of recurrent layers at earlier lengths.
         tokens: of the committed positions.
         images: of the prompt that is being run; None if it has none.
@@ -365,6 +396,25 @@ def distinct(items: Iterable[T]) -> list[T]:
 
 
 S = TypeVar("S", bound=BaseState[Any, Any])
+
+
+def project_contexts(
+    states: Iterable[BaseState[Any, Any]], project: Callable[[list[Any]], Iterable[Any]]
+) -> None:
+    """Project what the contexts of sequences have unprojected, in one call.
+
+    `project` computes the features of each of the arrays that it gets.
+    """
+    places = [
+        (state.context, i)
+        for state in states
+        for i, part in enumerate(state.context)
+        if isinstance(part, Unprojected)
+    ]
+    if places:
+        features = project([context[i].rows for context, i in places])
+        for (context, i), part in zip(places, features, strict=True):
+            context[i] = part
 
 
 @contextmanager
