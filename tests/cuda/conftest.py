@@ -52,7 +52,7 @@ def see_gpus(monkeypatch):
 
 @pytest.fixture
 def see_memory(monkeypatch):
-    """Let PyTorch see so many free and total bytes of a GPU, or of each one, from now on."""
+    """Let PyTorch see these free and total bytes of a GPU, or of each one, from now on."""
     import torch
 
     def see(free, total=0):

@@ -94,7 +94,7 @@ def test_outputs_belong_to_the_caller(graphs):
 
 
 def test_a_function_keeps_the_graphs_that_it_used_lately(graphs):
-    """Those of other functions drop none, so ranks of `torchrun` keep the same of the target."""
+    """Graphs of one function displace none of another, so `torchrun`'s ranks keep equal ones."""
     x = torch.ones(1)
     graphs.run("shared", None, times(2), x)
     for i in range(MAX_GRAPHS + 3):

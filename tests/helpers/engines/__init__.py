@@ -6,7 +6,7 @@
 - `plain_text(folder, prompt, length)` is the greedy text of the framework's own model.
 - `outputs_of_layers(folder, layer_ids, texts)` is what a drafter reads, by text, then the target's
   embeddings, output head, and number of layers.
-- `set_chunks(backend, size)` lets prompts run in chunks of so many tokens at most.
+- `set_chunks(backend, size)` lets prompts run in chunks of at most `size` tokens.
 - `quantised_parts(backend)` are the names of layers of the drafter and its head in few bits.
 - `save_with_images(family, model, folder)` saves a model of `image_models` as the engine reads it;
   `image_samples(backend)` is what the check of images at load compares, and
