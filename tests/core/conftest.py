@@ -23,7 +23,7 @@ from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.verify_costs import SIZES
 from treeflash.errors import NumericalError
-from treeflash.language_model import LanguageModel
+from treeflash.language_model import LanguageModel, load
 from treeflash.testing.costs import SteadyCosts
 from treeflash.testing.models import edit_config, write_drafter, write_target
 from treeflash.text.tokenizer import Tokenizer
@@ -218,6 +218,12 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     save_tokenizer(target)
     write_drafter(drafter, target, seed=4)
     return target, drafter
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pair) -> LanguageModel:
+    """Load the tiny pair in NumPy."""
+    return load(*tiny_pair, backend="reference")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 
 from treeflash.errors import first_line, is_device_lost, is_of_earlier_work, is_out_of_memory
 
-# As PyTorch 2.13 (c10/cuda, ATen/cuda, NCCL) and Triton 3.9 word them.
+# As PyTorch 2.13 (c10/cuda, ATen/cuda, NCCL), Triton 3.9 and MLX 0.32 word them.
 LOST = (
     "CUDA error: an illegal memory access was encountered\nSearch for `cudaErrorIllegalAddress'",
     "CUDA error: device-side assert triggered",
@@ -22,6 +22,10 @@ OUT_OF_MEMORY = (
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
     "Triton Error [CUDA]: out of memory",
+    "[malloc] Unable to allocate 1073741824 bytes.",
+    "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed "
+    "buffer size of 8 bytes.",
+    "[metal::malloc] Resource limit (499000) exceeded.",
 )
 OTHER = ("mat1 and mat2 shapes cannot be multiplied", "NVIDIA driver on your system is too old")
 

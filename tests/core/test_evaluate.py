@@ -10,7 +10,6 @@ from byte_tokens import save_tokenizer
 from failures import failing
 from mtp_pairs import write_mtp_pair
 
-import treeflash
 from treeflash.commands.evaluate import main
 from treeflash.errors import NumericalError
 from treeflash.evaluation.run import METRICS
@@ -21,11 +20,6 @@ LOST = ["set", "method", "budget", "candidate", "child", "budget_limit", "block"
 DEPTH = ["set", "depth", "anchors"] + [
     f"{figure}_{source}" for figure in METRICS for source in ("marginal", "corrected")
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_pair):
-    return treeflash.load(*tiny_pair, backend="reference")
 
 
 @pytest.fixture

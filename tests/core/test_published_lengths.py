@@ -256,11 +256,6 @@ def use(monkeypatch):
     return lambda model: monkeypatch.setattr(published, "load_model", lambda *_: model)
 
 
-@pytest.fixture(scope="module")
-def model(tiny_pair):
-    return treeflash.load(*tiny_pair, backend="reference")
-
-
 def test_published_figures_beside_those_measured(use, run, model, tmp_path):
     use(model)
     path = tmp_path / "out.json"

@@ -1,11 +1,13 @@
 """What is refused: values of settings, prompts, command lines and models, each with one message.
 
-Commands that go on for a while (chats, runs of the doctor) have tables of their own.
+What settings allow comes first. Commands that go on for a while (chats, runs of the doctor) have
+tables of their own.
 """
 
 import asyncio
 import json
 import shlex
+from dataclasses import FrozenInstanceError, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,14 +18,79 @@ from treeflash import language_model
 from treeflash.cli.console import Parser
 from treeflash.cli.options import add_decode_options, decode_options
 from treeflash.command import main
-from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
-from treeflash.errors import BackendError, ConfigError, PromptError
+from treeflash.config import DTYPES, METHODS, DecodeConfig, LoadConfig, SamplingConfig
+from treeflash.errors import BackendError, ConfigError, PromptError, TreeflashError
 from treeflash.language_model import load
 from treeflash.registry import installed
 from treeflash.testing.models import write_drafter, write_target
 
+
+def test_a_top_k_of_minus_one_is_off():
+    assert SamplingConfig(temperature=1.0, top_k=-1) == SamplingConfig(temperature=1.0)
+
+
+def test_edges_are_allowed():
+    SamplingConfig(temperature=0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+    SamplingConfig(temperature=1e-6, top_k=10**9, top_p=1e-9, min_p=1.0, seed=2**64 - 1)
+    DecodeConfig(budget=1024)
+    DecodeConfig(budget=1, top_m=1, top_k_children=1, draft_temperature=1e-3, max_tokens=1)
+    for dtype in (None, *DTYPES):
+        assert LoadConfig(dtype=dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("error", [ValueError, TreeflashError])
+def test_a_bad_setting_is_a_value_error_and_ours(error):
+    with pytest.raises(error, match="budget"):
+        DecodeConfig(budget=0)
+
+
+@pytest.mark.parametrize("config", [SamplingConfig, DecodeConfig, LoadConfig])
+def test_unknown_settings_and_settings_without_a_name_raise(config):
+    with pytest.raises(TypeError, match="bugdet"):
+        config(bugdet=3)
+    with pytest.raises(TypeError, match="positional"):
+        config(1)
+
+
+def test_settings_are_frozen():
+    config = DecodeConfig()
+    with pytest.raises(FrozenInstanceError):
+        config.budget = 3  # type: ignore[misc]
+
+
+def test_replacing_checks_again():
+    with pytest.raises(ConfigError, match="budget"):
+        replace(DecodeConfig(), budget=-3)
+
+
+def test_defaults():
+    config = DecodeConfig()
+    assert config.method == "treeflash"
+    assert (config.budget, config.top_m, config.top_k_children) == ("auto", 16, 16)
+    assert config.draft_temperature == 1
+    assert config.sampling == SamplingConfig()
+    assert config.sampling.greedy
+
+
+def test_greedy_is_temperature_zero():
+    assert SamplingConfig(temperature=0, top_k=3, seed=9).greedy
+    assert not SamplingConfig(temperature=1e-3).greedy
+
+
+def test_what_each_method_needs():
+    configs = [DecodeConfig(method=method) for method in METHODS]
+    assert [config.drafts for config in configs] == [False, True, True, True, True, False]
+    assert [config.uses_head for config in configs] == [False, False, False, True, True, False]
+    assert [config.drafts_chain for config in configs] == [False, True, False, False, True, False]
+    assert [config.copies for config in configs] == [False, False, True, True, False, True]
+    configs = [replace(config, suffix=False) for config in configs]
+    assert [config.copies for config in configs] == [False, False, False, False, False, True]
+
+
 NAN, INF = float("nan"), float("inf")
+
 POSITIVE = "must be 1 or more"
+
 RULES: list[tuple[type, str, str, tuple[Any, ...]]] = [
     (
         SamplingConfig,
@@ -57,11 +124,13 @@ RULES: list[tuple[type, str, str, tuple[Any, ...]]] = [
     (LoadConfig, "memory_gb", "must be above 0", (0, -1.0)),
 ]
 """By configuration and setting, the rule that a message states, and values that break it."""
+
 CASES = [
     pytest.param(kind, name, value, f"{name} {rule}, got {value!r}", id=f"{name}={value!r}")
     for kind, name, rule, values in RULES
     for value in values
 ]
+
 NUMBERS = [
     case
     for case in CASES
@@ -101,8 +170,11 @@ def test_an_unknown_choice_is_refused(kind, name, value, choices):
 
 
 DEEP = "[" * 100_000
+
 BIAS = "logit_bias must be a mapping of token ids"
+
 NUMBER = "logit_bias must give one number per token id, neither inf nor NaN, got"
+
 REQUESTS: list[tuple[Any, dict[str, Any], str]] = [
     ("", {}, "the prompt is empty"),
     ([], {}, "the prompt is empty"),
@@ -151,6 +223,7 @@ REQUESTS: list[tuple[Any, dict[str, Any], str]] = [
     ),
 ]
 """Prompts and options of Python, and the message about them."""
+
 ENTRIES = {
     "stream": lambda model, prompt, options: model.stream(prompt, **options),
     "many": lambda model, prompt, options: model.generate_many(["hi", prompt], **options),
@@ -195,7 +268,9 @@ def write_files(folder):
 
 
 SINGLE = "is for a single prompt"
+
 BUDGETS = "--budgets takes numbers of 1 or more separated by commas, not"
+
 COMMANDS: dict[str, list[tuple[str, str]]] = {
     "generate": [
         ("--budget 0 hi", "budget must be auto, or from 1 to 1024 nodes, got 0"),
@@ -379,6 +454,7 @@ USES = {
     "train": ["--responses", "responses.jsonl", "--output", "trained"],
     "adapt": ["--prompts", "prompts.jsonl", "--validation-sequences", "2", "--output", "adapted"],
 }
+
 NEEDED = {"serve": "fastapi", "train": "torch", "adapt": "torch"}
 """Packages that commands need before they look at the target."""
 

@@ -74,8 +74,13 @@ def write_gguf(
         writer.add_tensor(f"{name}.weight", stored, raw_dtype=own)
         weights[name] = values if own is None else gguf.quants.dequantize(stored, own)
     add(writer)
+    finish(writer)
+    return weights
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write all that was added to a file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return weights

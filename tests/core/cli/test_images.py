@@ -72,11 +72,6 @@ class TestGenerate:
         assert whole[0] == whole[1]
         assert model.tokenizer.decode(short) == "Hiassistant: "
 
-    def test_the_limit(self, use, run, model, files):
-        use(model)
-        code, _, err = run("Hi", *(["--image", files[0]] * 2), "--max-images", "1")
-        assert (code, err) == (2, "error: the prompt has 2 images, and the limit is 1\n")
-
     def test_a_target_without_images_says_why(self, use, run, scripted, files):
         use(scripted(TEXT))
         code, _, err = run("Hi", "--image", files[0])

@@ -282,12 +282,6 @@ class TestStopping:
             list(steps)
         assert backend.states[0].closed
 
-    def test_interleaved_texts_do_not_meet(self):
-        alone = [step.tokens for step in run(scripted(SCRIPT), method="ar", max_tokens=5)]
-        backend, request = scripted(SCRIPT), request_of(method="ar", max_tokens=5)
-        pairs = list(zip(decode(backend, request), decode(backend, request), strict=True))
-        assert [a.tokens for a, _ in pairs] == [b.tokens for _, b in pairs] == alone
-
 
 TOO_LONG = "tokens and the target's limit is 20, new tokens included; shorten the prompt"
 UNKNOWN = (
@@ -353,18 +347,6 @@ class TestChecks:
         entry(backend, request_of(method="ar"))
         with pytest.raises(UnsupportedModelError, match="no trees"):
             entry(backend, request_of(method="suffix"))
-
-    def test_a_prompt_of_one_token_and_of_extreme_ids(self):
-        assert tokens_of(run(scripted(SCRIPT), [99], max_tokens=3)) == SCRIPT[1:4]
-        assert tokens_of(run(scripted(SCRIPT), [0, 99], max_tokens=3)) == SCRIPT[2:5]
-
-    def test_damaged_target(self):
-        backend = scripted(SCRIPT)
-        backend.logits = lambda sequence: np.full(100, np.nan if len(sequence) > 5 else 1)
-        steps = decode(backend, request_of())
-        assert next(steps).tokens == (0,)
-        with pytest.raises(NumericalError, match="not finite"):
-            next(steps)
 
     @pytest.mark.parametrize("token", [100, -1])
     def test_a_head_that_drafts_an_unknown_token(self, token):

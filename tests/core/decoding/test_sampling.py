@@ -400,12 +400,6 @@ def edited_slowly(logits, edits):
     return edited
 
 
-def test_edits(rng, logits):
-    before, edits = logits.copy(), random_edits(rng)
-    np.testing.assert_array_equal(edits.apply(logits), edited_slowly(logits, edits))
-    np.testing.assert_array_equal(logits, before)
-
-
 def test_bitmasks(rng):
     allowed = rng.random((ROWS, VOCAB)) < 0.3
     np.testing.assert_array_equal(unpack(pack(allowed), VOCAB), allowed)
@@ -541,15 +535,3 @@ def test_decoding_equals_plain_decoding(backend, penalties, sampling):
     assert len(plain) == 24
     for method in METHODS[1:]:
         assert tokens(method) == plain
-
-
-@pytest.mark.parametrize(
-    "penalties", [Penalties(repetition=2.0), Penalties(presence=2.0), Penalties(frequency=2.0)]
-)
-def test_penalties_change_the_text(backend, penalties):
-    """The equalities would mean little otherwise."""
-    plain, penalised = (
-        generate(backend, [5, 6, 7, 5], DecodeConfig(method="ar", max_tokens=24, penalties=each))
-        for each in (Penalties(), penalties)
-    )
-    assert penalised != plain

@@ -24,7 +24,7 @@ from treeflash.decoding.interfaces import Prefill
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.scheduler_thread import SchedulerThread
 from treeflash.decoding.turns import Turns
-from treeflash.errors import ConfigError, DeviceError, MemoryInUseError, PromptError, is_device_lost
+from treeflash.errors import ConfigError, DeviceError, MemoryInUseError, PromptError
 from treeflash.reference.backend import load
 from treeflash.reference.verifier import State, Verifier
 from treeflash.testing.comparisons import generate
@@ -240,19 +240,6 @@ def test_a_finished_state_is_copied_only_where_both_fit(backend, missing, cached
     assert len(scheduler.prefix_cache) == cached
 
 
-@pytest.mark.parametrize("chunk", [2048, 18], ids=["whole", "all but two tokens"])
-def test_a_group_runs_its_prompt_once(backend, chunk):
-    scheduler = Scheduler(backend, SchedulerConfig(lone_prefill_chunk=chunk))
-    prompt = list(range(20, 40))
-    configs = [config_of(sampling=replace(SAMPLED, seed=n), max_tokens=12) for n in range(4)]
-    request_ids = scheduler.submit_group([Request(prompt_ids=prompt, config=c) for c in configs])
-    found = finish(scheduler)
-    assert sum(backend.verifier.extended) == len(prompt) + 3  # and each chooses its first token
-    assert [found[request_id] for request_id in request_ids] == [
-        generate(backend, prompt, c) for c in configs
-    ]
-
-
 def test_a_group_has_one_prompt(backend):
     requests = [Request(prompt_ids=prompt, config=config_of()) for prompt in PROMPTS[:2]]
     with pytest.raises(PromptError, match="same prompt"):
@@ -291,21 +278,10 @@ def test_finished_sequences_serve_prompts_with_the_same_beginning(backend):
     assert cache.nbytes == 0
 
 
-METAL_MESSAGES = (
-    "[malloc] Unable to allocate 1073741824 bytes.",
-    "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed "
-    "buffer size of 8 bytes.",
-    "[metal::malloc] Resource limit (499000) exceeded.",
-)
-
-LOST = (
-    "[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:kIOGPU...Timeout)",
-    "[METAL] Command buffer execution failed: Ignored (for causing prior/excessive GPU errors) "
-    "(00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)",
-)
+LOST = "[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:kIOGPU...)"
 
 
-@pytest.mark.parametrize("message", [*METAL_MESSAGES, *LOST])
+@pytest.mark.parametrize("message", ["[malloc] Unable to allocate 1073741824 bytes.", LOST])
 def test_memory_that_runs_out_on_metal_ends_one_sequence(backend, message):
     """A GPU that refuses all work ends them all."""
     run = backend.verifier.run
@@ -318,10 +294,9 @@ def test_memory_that_runs_out_on_metal_ends_one_sequence(backend, message):
     scheduler = Scheduler(backend)
     good, bad = (submit(scheduler, prompt) for prompt in ([5, 6], [9]))
     backend.verifier.run = fail
-    if message in LOST:
+    if message == LOST:
         with pytest.raises(RuntimeError, match="GPU"):
             finish(scheduler)
-        assert is_device_lost(RuntimeError(message))
         return
     found = {}
     events = scheduler.step()

@@ -308,13 +308,6 @@ class TestMerge:
             assert tree.matches is not None
             assert (tree.matches > 0).any()
 
-    def test_a_proposal_goes_deeper_than_the_table(self):
-        text = list(range(50))
-        proposal = SuffixDrafter([*text, *text[:20]]).propose(30, 30)
-        assert proposal is not None
-        tree = merge(random_table(np.random.default_rng(0), 2), proposal, 19, 20)
-        assert tree.depths.max() > 10
-
     def test_without_a_proposal_the_tree_is_that_of_the_table(self):
         table = random_table(np.random.default_rng(5), 3)
         merged, built = merge(table, SuffixTree(0), 1, 16), build_tree(table, 1, 16)
@@ -359,14 +352,6 @@ class TestCache:
         assert max(lengths_of(scheduler, "b")) == 1
         assert len(lengths_of(scheduler, "a")) < 8
         assert max(lengths_of(Scheduler(backend), "a")) == 1
-
-    def test_copies_join_the_trees_of_a_drafter(self):
-        backend = scripted([*PROMPT, *ANSWER], right=1)
-        scheduler = Scheduler(backend, suffix_cache=SuffixCache(1 << 20))
-        before = lengths_of(scheduler, method="ddtree")
-        after = lengths_of(scheduler, method="ddtree")
-        assert max(before) == 2
-        assert max(after) > 6
 
     def test_the_oldest_indices_are_dropped(self):
         cache = SuffixCache(50_000)

@@ -40,16 +40,6 @@ def naive_ancestor_mask(parents: list[int]) -> np.ndarray:
     return mask
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_ancestor_mask_of_built_trees(kind):
-    table = random_table(kind, (15, 16, 16), 4)
-    for budget in BUDGETS:
-        tree = build_tree(table, ROOT, budget)
-        mask = tree.ancestor_mask()
-        assert mask.dtype == np.bool_
-        np.testing.assert_array_equal(mask, naive_ancestor_mask(tree.parents.tolist()))
-
-
 def test_ancestor_mask_of_any_parents_first_order():
     """Trees from elsewhere need not be sorted by probability or depth."""
     rng = np.random.default_rng(0)

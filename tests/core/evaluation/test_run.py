@@ -43,11 +43,6 @@ PROMPTS = [[3, 1, 4], [2, 7, 1, 8], [1, 6, 1]]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_pair):
-    return treeflash.load(*tiny_pair, backend="reference")
-
-
-@pytest.fixture(scope="module")
 def configs(model):
     return {
         case: model.decode_config({"method": case.method, "budget": case.budget, "max_tokens": 20})

@@ -13,7 +13,7 @@ from failures import failing
 from gguf import GGML_QUANT_SIZES, ReaderTensor
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
-from gguf_files import HEADS, HIDDEN, KV_HEADS, USER_DEFINED, write_gguf
+from gguf_files import HEADS, HIDDEN, KV_HEADS, USER_DEFINED, finish, write_gguf
 from tokenizers import Tokenizer
 
 from treeflash.errors import CheckpointError
@@ -82,10 +82,7 @@ def test_other_and_damaged_gguf_files_are_refused(tmp_path):
     ):
         part = gguf.GGUFWriter(tmp_path / "part.gguf", "llama", endianess=order)
         part.add_type("adapter")
-        part.write_header_to_file()
-        part.write_kv_data_to_file()
-        part.write_tensors_to_file()
-        part.close()
+        finish(part)
         with pytest.raises(CheckpointError, match=message):
             convert_gguf(tmp_path / "part.gguf", tmp_path)
     with (

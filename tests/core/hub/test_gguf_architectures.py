@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import tokenizers
+from gguf_files import finish
 from tokenizers.pre_tokenizers import ByteLevel
 
 from treeflash.commands import models as models_command
@@ -123,10 +124,7 @@ def write(
             values = packed
             tensor.copy_(torch.from_numpy(rounded).bfloat16())
         writer.add_tensor(f"{names.get_name(module)}.{suffix}", values, raw_dtype=raw)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return model
 
 

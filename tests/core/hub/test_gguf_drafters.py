@@ -7,6 +7,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from gguf_files import finish
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding.session import SequenceSession
@@ -127,10 +128,7 @@ def write_gguf(path: Path, folder: Path) -> None:
         number, _, tail = layer.partition(".")
         name = f"blk.{number}.{NAMES['layer'][tail]}" if layer else NAMES["drafter"][stored]
         writer.add_tensor(name, np.ascontiguousarray(tensor))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 @pytest.mark.parametrize("name", DRAFTERS)

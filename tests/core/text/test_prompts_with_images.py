@@ -236,10 +236,6 @@ class TestModels:
         text = model.generate([user(QUESTION)], **OPTIONS, template_args=None)
         assert answers[0].prompt_tokens - text.prompt_tokens == FEATURES
 
-    def test_max_images(self, model):
-        with pytest.raises(PromptError, match="2 images, and the limit is 1"):
-            model.generate([user(*[image_part(ONE)] * 2)], max_images=1)
-
     def test_the_name_of_a_target_that_takes_none(self, tiny_pair):
         model = reference_model(*tiny_pair)
         with pytest.raises(PromptError, match=r"^target takes no images: the backend does not"):

@@ -23,8 +23,13 @@ from treeflash.errors import ConfigError, NumericalError
 from treeflash.language_model import load
 
 
-def test_many_texts_are_those_of_one_at_a_time(tiny_pair):
-    model = load(*tiny_pair, backend="reference")
+@pytest.fixture
+def model(tiny_pair):
+    """A model whose texts never end by themselves."""
+    return load(*tiny_pair, backend="reference")
+
+
+def test_many_texts_are_those_of_one_at_a_time(model):
     prompts = ["one", "two and three", [{"role": "user", "content": "four"}], [5, 6, 7]]
     options = {"max_tokens": 20, "temperature": 1.0, "seed": 3, "budget": 6}
     stop = model.generate("one", **options).text[7:9]
@@ -65,8 +70,7 @@ def test_a_text_that_a_stop_string_ends_makes_room(scripted, monkeypatch):
     assert model.backend.verified < len("stop here and") + len("other") + 2
 
 
-def test_answers_to_one_prompt_have_consecutive_seeds_and_share_the_prefill(tiny_pair):
-    model = load(*tiny_pair, backend="reference")
+def test_answers_to_one_prompt_have_consecutive_seeds_and_share_the_prefill(model):
     options = {"max_tokens": 12, "temperature": 1.0, "budget": 4}
     alone = {seed: model.generate("hi", seed=seed, **options) for seed in (5, 6, 7)}
     with recording(model.backend.verifier, "run") as passes:
@@ -90,8 +94,7 @@ def test_the_first_error_of_many_texts_comes_after_the_others(scripted):
     assert raised.value.__notes__ == ["while decoding prompt 1"]
 
 
-def test_many_texts_that_are_given_up_leave_no_state(tiny_pair, closed):
-    model = load(*tiny_pair, backend="reference")
+def test_many_texts_that_are_given_up_leave_no_state(model, closed):
     texts = model.generate_many(
         ["one", "two", "three"], stop_token_ids=(), max_tokens=9, method="ar"
     )
@@ -110,8 +113,7 @@ def test_auto_bounds_the_memory_of_many_texts(scripted):
         assert max(len(work) for (work,) in passes) == most
 
 
-def test_penalties_and_biases_are_options(tiny_pair):
-    model = load(*tiny_pair, backend="reference")
+def test_penalties_and_biases_are_options(model):
     plain = model.generate("hi", max_tokens=24, stop_token_ids=())
     first = plain.token_ids[0]
     assert len(set(plain.token_ids)) < 24
@@ -133,8 +135,7 @@ def test_penalties_and_biases_are_options(tiny_pair):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_log_probs_are_plain_and_those_of_the_target(tiny_pair, method):
-    model = load(*tiny_pair, backend="reference")
+def test_log_probs_are_plain_and_those_of_the_target(model, method):
     options = {"max_tokens": 12, "temperature": 1.0, "seed": 1, "stop_token_ids": ()}
     stream = model.stream("hi", method=method, budget=6, log_probs=2, **options)
     text = stream.run()
@@ -152,8 +153,7 @@ def test_log_probs_are_plain_and_those_of_the_target(tiny_pair, method):
     assert model.generate("hi", log_probs=0, **options).log_probs[0].top == []
 
 
-def test_log_probs_end_with_the_tokens_of_a_text_that_a_stop_string_cut(tiny_pair):
-    model = load(*tiny_pair, backend="reference")
+def test_log_probs_end_with_the_tokens_of_a_text_that_a_stop_string_cut(model):
     options = {"max_tokens": 40, "budget": 8, "log_probs": 0, "temperature": 1.0}
     whole = model.generate("hi", **options)
     text = model.generate("hi", stop=whole.text[4:6], **options)
@@ -180,12 +180,6 @@ def join_thread() -> None:
 def no_thread_stays():
     yield
     join_thread()
-
-
-@pytest.fixture
-def model(tiny_pair):
-    """A model whose texts never end by themselves."""
-    return load(*tiny_pair, backend="reference")
 
 
 class Gate:
