@@ -19,17 +19,17 @@ node's token is emitted is what the drafter or the text says, which each sequenc
 The nodes of all trees are ranked together, so a promising tree gets more of them. Verified are the
 best n nodes with the highest `gain(n) - rate * costs(n)`. Using the rate that results from these
 sizes as the next rate finds the sizes with the highest rate (Dinkelbach 1967). A single tree has
-one of the sizes that were measured, because hardware has steps, and `SMALLEST` nodes at least. A
-promising size that no pass had lately is verified once: else a wrong cost of it would never be
-seen.
+one of the sizes that were measured, because hardware has steps. It has `SMALLEST` nodes at least,
+and a promising size that no pass had lately is verified once: else nothing would show that the
+table is wrong about them.
 
 Drafts. A `Pause` keeps a balance: the tokens that drafting brought beyond what plain decoding would
 have emitted in the same time. At the lowest balance it pauses; each later pause is twice as long
-until drafting pays again. It ends if a plain pass turns out to be much slower than the table says,
-because the balance was wrong. Several sequences must draft faster than plain decoding by
-`MIN_ADVANTAGE`. Copies of the text cost no draft, so they are verified in pauses too; and where
-they promise more tokens per second than drafted iterations brought lately, the drafter is not
-called. A pause goes on in the next text, often one of the same kind.
+until drafting pays again. It ends if a plain pass turns out to be much slower than was thought,
+because the balance was wrong. A pause goes on in the next text, often one of the same kind. Several
+sequences must draft faster than plain decoding by `MIN_ADVANTAGE`. Copies of the text cost no
+draft, so they are verified in pauses too; and where they promise more tokens per second than
+drafted iterations brought lately, the drafter is not called.
 """
 
 from __future__ import annotations
@@ -110,69 +110,46 @@ class Pause:
 class Acceptance:
     """How often drafts are accepted, relative to what the drafter's probabilities promise.
 
-    In each iteration with a tree, all counts lose `FORGETTING` of their size. Copies of the text
+    In each iteration with a tree, the counts lose `FORGETTING` of their size. Copies of the text
     are not counted: each sequence learns how good its own are (`SuffixDrafter`).
 
     Attributes:
         expected: by level of confidence, the sum of the probabilities of children of accepted
             nodes. The nodes of a drafter that states no confidences are of one level.
         accepted: by level, how many of these children were accepted.
-        reached: by depth, trees with an accepted node whose children have this depth.
-        passed: by depth, trees with an accepted node of this depth.
-        prior_nodes: the weight of the drafter's own probabilities, as a number of nodes.
-        prior_paths: the weight of `prior_share`, as a number of trees.
-        prior_share: the share of paths that go on to the next depth before any was seen.
+        prior: the weight of the drafter's own probabilities, as a number of nodes.
     """
 
     expected: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(CONFIDENCES) + 1))
     accepted: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(CONFIDENCES) + 1))
-    reached: dict[int, float] = field(default_factory=dict)
-    passed: dict[int, float] = field(default_factory=dict)
-    prior_nodes: float = 16.0
-    prior_paths: float = 4.0
-    prior_share: float = 0.8
+    prior: float = 16.0
 
     def gains(self, tree: DraftTree) -> NDArray[np.float64]:
         """Return (n,) probabilities that the nodes' tokens are emitted; 1 for the root.
 
         No node has a higher one than its parent.
         """
-        shares = (self.accepted + self.prior_nodes) / (self.expected + self.prior_nodes)
+        shares = (self.accepted + self.prior) / (self.expected + self.prior)
         corrections = np.where(_is_drafted(tree), np.log(shares)[_levels(tree)], 0.0)
-        own = np.minimum(_own_log_probs(tree) + corrections, 0.0)
-        own[0] = 0.0
-        if tree.is_chain:  # copies are often long ones
-            return np.asarray(np.exp(np.cumsum(own)), np.float64)
-        for depth in range(2, int(tree.depths.max()) + 1):
-            nodes = np.flatnonzero(tree.depths == depth)
-            own[nodes] += own[tree.parents[nodes]]
-        return np.asarray(np.exp(own), np.float64)
-
-    def share(self, depth: int) -> float:
-        """Return the share of paths that go on to a depth if it is drafted."""
-        seen = self.prior_paths * self.prior_share + self.passed.get(depth, 0.0)
-        return seen / (self.prior_paths + self.reached.get(depth, 0.0))
+        paths = np.minimum(_own_log_probs(tree) + corrections, 0.0).tolist()
+        paths[0] = 0.0
+        for node, parent in enumerate(tree.parents[1:].tolist(), 1):
+            paths[node] += paths[parent]
+        return np.asarray(np.exp(paths), np.float64)
 
     def observe(self, trees: Sequence[DraftTree], paths: Sequence[NDArray[np.int32]]) -> None:
         """Learn from the (a,) accepted nodes of each tree of an iteration."""
         if all(len(tree) == 1 for tree in trees):
             return
-        for counts in (self.expected, self.accepted):
-            counts *= 1 - FORGETTING
-        for shares in (self.reached, self.passed):
-            for depth in shares:
-                shares[depth] *= 1 - FORGETTING
+        self.expected *= 1 - FORGETTING
+        self.accepted *= 1 - FORGETTING
         for tree, path in zip(trees, paths, strict=True):
             on_path = np.zeros(len(tree) + 1, np.bool_)  # the root's parent is -1, the last entry
             on_path[path] = True
-            inner = on_path[tree.parents]
-            counted, levels = np.flatnonzero(inner & _is_drafted(tree)), _levels(tree)
-            right = counted[on_path[counted]]
-            np.add.at(self.expected, levels[counted], np.exp(_own_log_probs(tree)[counted]))
-            np.add.at(self.accepted, levels[right], 1.0)
-            for depth in set(tree.depths[inner].tolist()):
-                self.reached[depth] = self.reached.get(depth, 0.0) + 1
-                self.passed[depth] = self.passed.get(depth, 0.0) + (depth < len(path))
+            counted = np.flatnonzero(on_path[tree.parents] & _is_drafted(tree))
+            levels = _levels(tree)[counted]
+            np.add.at(self.expected, levels, np.exp(_own_log_probs(tree)[counted]))
+            np.add.at(self.accepted, levels[on_path[counted]], 1.0)
 
 
 def _own_log_probs(tree: DraftTree) -> NDArray[np.float64]:
@@ -225,8 +202,22 @@ class Pace:
     # seconds of each depth of the latest drafts
     depth_s: deque[float] = field(default_factory=lambda: deque(maxlen=9))
     depths: int = 1  # depths of the latest draft
+    # (d,) shares of paths that go on to each depth lately, for drafters that take a pass for each
+    shares: NDArray[np.float64] = field(default_factory=lambda: np.ones(0))
     nodes: float | None = None  # mean number of nodes of the last drafted trees
     reach: float | None = None  # depth that drafted trees reached lately
+
+    def learn(self, trees: Sequence[DraftTree], paths: Sequence[NDArray[np.int32]]) -> None:
+        """Learn how large and how deep drafted trees are, and how deep they were accepted."""
+        self.nodes = sum(map(len, trees)) / len(trees)
+        deepest = max(map(_drafted_depth, trees))
+        reach = deepest if self.reach is None else self.reach
+        self.reach = max(deepest, reach + FORGETTING * (deepest - reach))
+        depths = np.arange(1, len(self.shares) + 1)
+        accepted = np.mean([depths < len(path) for path in paths], 0)
+        # What was not drafted becomes as likely as the depth before it, until it is tried again.
+        seen = np.where(depths <= self.depths, accepted, np.append(1.0, self.shares)[:-1])
+        self.shares += FORGETTING * (seen - self.shares)
 
 
 @dataclass
@@ -283,13 +274,12 @@ class AdaptiveBudget:
 
     def passes_to_draft(self, most: int, lengths: Sequence[int]) -> int:
         """Return the depths worth drafting, at most `most`, if each takes a pass."""
-        sequences = len(lengths)
-        now = self.pace(sequences)
-        now.depths = min(self.depths_to_draft(sequences) or most, most)
+        now = self.pace(len(lengths))
+        now.shares = np.append(now.shares, np.ones(max(most - len(now.shares), 0)))
+        now.depths = most
         if now.depth_s:
-            price = self._rate(sequences, lengths) * statistics.median(now.depth_s) / sequences
-            shares = np.cumprod([self.acceptance.share(d + 1) for d in range(now.depths)])
-            now.depths = max(int((shares >= price).sum()), 1)
+            price = self._rate(lengths) * statistics.median(now.depth_s) / len(lengths)
+            now.depths = max(int((now.shares[:most] > price).sum()), 1)
         return now.depths
 
     def prefers_copy(self, tree: DraftTree, length: int, sequences: int = 1) -> bool:
@@ -298,13 +288,11 @@ class AdaptiveBudget:
         `length` is the number of committed positions; `sequences` ask for drafts.
         """
         drafted = self.pace(sequences).drafted.per_s
-        if not drafted:
-            return False
         sizes = self._sizes(len(tree))
         expected = sequences * np.cumsum(self.acceptance.gains(tree))[sizes - 1]
         rows = sequences * sizes
         costs = self.costs.predict(rows, (rows * float(length)).tolist(), sequences)
-        return bool((expected > drafted * costs).any())
+        return drafted > 0 and bool((expected > drafted * costs).any())
 
     def prune(
         self, trees: Sequence[DraftTree], lengths: Sequence[int], other_rows: int = 0
@@ -319,42 +307,36 @@ class AdaptiveBudget:
         owners = np.repeat(np.arange(len(trees)), counts)
         order = np.argsort(np.where(is_root, -np.inf, -gains), kind="stable")
         expected = np.cumsum(gains[order])
-        is_single = len(trees) == 1 and not other_rows
-        smallest = min(SMALLEST, len(order)) if _drafted_depth(trees[0]) else 1
         sizes = np.arange(len(trees), len(order) + 1)
-        if is_single:
+        if len(trees) == 1 and not other_rows:
+            smallest = SMALLEST if _drafted_depth(trees[0]) else 1
             sizes = self._sizes(len(order))
-            sizes = sizes[sizes >= smallest]
+            sizes = sizes[sizes >= min(smallest, len(order))]
         reads = np.cumsum(np.asarray(lengths, np.float64)[owners[order]])
         costs = self.costs.predict(sizes + other_rows, reads[sizes - 1], len(trees))
-        rate = self._rate(len(trees), lengths)
+        rate = self._rate(lengths)
         if not self.pace(len(trees)).all.seconds:
             # Nothing was drafted yet: take the rate that this pass alone could reach.
             rate = max(rate, float((expected[sizes - 1] / costs).max()))
-        best = int(np.argmax(expected[sizes - 1] - rate * costs))
-        if is_single and smallest > 1:
-            best = self._size_to_try(best, sizes, expected[sizes - 1])
+        best = int(sizes[np.argmax(expected[sizes - 1] - rate * costs)])
+        if len(trees) == 1 and not other_rows and _drafted_depth(trees[0]):
+            best = self._size_to_try(best, sizes, expected)
         kept = np.zeros(len(order), np.bool_)
-        kept[order[: sizes[best]]] = True
+        kept[order[:best]] = True
         return [np.flatnonzero(part) for part in np.split(kept, np.cumsum(counts)[:-1])]
 
     def _size_to_try(
         self, best: int, sizes: NDArray[np.int64], expected: NDArray[np.float64]
     ) -> int:
-        """Return the index of a promising size whose cost is not known, or else of the best one.
+        """Return the next larger size, if it promises more and its cost is not known, or the best.
 
-        `expected` has the tokens of each size. The next smaller size that may cost something else
-        promises almost as many tokens as the best one, and the next larger size more.
+        `expected` has the tokens of the first nodes. Else nothing would show a wrong cost of it.
         """
-        known, promises = self.costs.are_known(sizes), expected / expected[best]
-        smaller = np.flatnonzero(sizes * DIFFERENT <= sizes[best])[-1:]
-        larger = np.flatnonzero(sizes >= sizes[best] * DIFFERENT)[:1]
-        promising = [
-            *smaller[promises[smaller] * MIN_ADVANTAGE >= 1],
-            *larger[promises[larger] >= MIN_ADVANTAGE],
-        ]
-        unknown = [int(index) for index in promising if not known[index]]
-        return unknown[0] if known[best] and unknown else best
+        larger: int = next(iter(sizes[sizes >= best * DIFFERENT].tolist()), best)
+        promises = expected[larger - 1] >= MIN_ADVANTAGE * expected[best - 1]
+        if promises and self.costs.is_known(best) and not self.costs.is_known(larger):
+            return larger
+        return best
 
     def observe(
         self,
@@ -372,32 +354,28 @@ class AdaptiveBudget:
         kernels: its time says nothing about later iterations.
         """
         sequences, now = len(trees), self.pace(len(trees))
-        rows = sum(len(tree) for tree in trees)
-        reads = float(np.dot([len(tree) for tree in trees], lengths))
-        is_new = rows == sequences and not self.costs.has_seen_plain(sequences)
-        guessed = self._plain_rate(lengths) if is_new else 0.0
+        sizes = [len(tree) for tree in trees]
+        rows, reads = sum(sizes), float(np.dot(sizes, lengths))
+        is_plain, thought = rows == sequences, self._plain_rate(lengths)
         self.costs.observe(rows, reads, sequences, seconds["verify"])
-        if is_new and guessed > DIFFERENT * self._plain_rate(lengths):
+        if is_plain and thought > DIFFERENT * self._plain_rate(lengths):
             now.drafting = Pause()  # drafts lost against a plain pass that is slower than thought
         self.acceptance.observe(trees, paths)
         drafted = "draft" in seconds
         other_s = sum(seconds.values()) - seconds["verify"]
         if drafted:
-            now.nodes = rows / sequences
-            deepest = max(_drafted_depth(tree) for tree in trees)
-            reach = deepest if now.reach is None else now.reach
-            now.reach = max(deepest, reach + FORGETTING * (deepest - reach))
+            now.learn(trees, paths)
             if not first:
                 now.draft_s.append(other_s)
                 now.depth_s.append(seconds["draft"] / now.depths)
             elif not now.draft_s:
                 return
             other_s = statistics.median(now.draft_s)
-        elif rows == sequences:
-            return  # a plain iteration
+        elif is_plain:
+            return
         # The expected seconds, because a disturbance says nothing about the choice.
         all_s = other_s + float(self.costs.predict([rows], [reads], sequences)[0])
-        tokens = sum(len(path) for path in paths)
+        tokens = sum(map(len, paths))
         now.all.add(tokens, all_s)
         if drafted:
             now.drafted.add(tokens, all_s)
@@ -414,9 +392,9 @@ class AdaptiveBudget:
         sequences = len(lengths)
         return sequences / float(self.costs.predict([sequences], [sum(lengths)], sequences)[0])
 
-    def _rate(self, sequences: int, lengths: Sequence[int]) -> float:
+    def _rate(self, lengths: Sequence[int]) -> float:
         """Return the tokens per second of decoding lately, or of plain decoding if it is faster."""
-        return max(self._plain_rate(lengths), self.pace(sequences).all.per_s)
+        return max(self._plain_rate(lengths), self.pace(len(lengths)).all.per_s)
 
 
 def _drafted_depth(tree: DraftTree) -> int:

@@ -19,11 +19,12 @@ Rule. Distances are octaves between numbers of rows, and `REMEMBERED` passes sin
 octave. The `NEAREST` passes by distance count. Passes over one and over several sequences, and over
 roots alone and over trees are of different kinds, because a batch computes attention sequence by
 sequence, and needs masks for its first tree. Another kind counts only as long as none of the own
-kind is known.
+kind is known. It makes a plain pass no slower than the table says: else drafts may seem to pay, and
+no plain pass would ever show that they do not.
 
-Every `CHECKED_EVERY` passes the table and its file take over corrections that are `DIFFERENT`
-between numbers of rows, or say that the machine is faster by that factor than it was. A machine
-that is slower by one factor for all numbers of rows is busy, and the table stays.
+The table and its file take over corrections that are `DIFFERENT` between numbers of rows, or say
+that the machine is faster by that factor than it was. A machine that is slower by one factor for
+all numbers of rows is busy, and the table stays.
 
 A table is for one machine, model and way to run it; `cost_file` has what the name of its file
 depends on. It has all `SIZES`: large ones that are too slow to be timed are on the line through a
@@ -38,12 +39,12 @@ import logging
 import math
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,8 +70,6 @@ DIFFERENT = 1.5
 """A factor between costs that is no noise; numbers of rows within it are about equal."""
 REMEMBERED = 64
 """Passes that correct the table."""
-CHECKED_EVERY = 16
-"""Passes between two comparisons of the table with them."""
 
 
 @dataclass(frozen=True)
@@ -118,17 +117,6 @@ class CostFile:
         )
 
 
-class Passes(NamedTuple):
-    """The latest passes, the newest last."""
-
-    kinds: NDArray[np.int64]  # (n,) kinds, see `_kind`
-    octaves: NDArray[np.float64]  # (n,) binary logarithms of the numbers of rows
-    ratios: NDArray[np.float64]  # (n,) seconds of the passes, divided by what the table says
-
-
-NONE = Passes(np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
-
-
 @dataclass
 class VerifyCosts:
     """Seconds of a forward pass by its rows: a measured table that the latest passes correct.
@@ -149,13 +137,13 @@ class VerifyCosts:
     position_s: dict[int, float] = field(default_factory=dict)
     file: CostFile | None = field(default=None, compare=False, repr=False)
     sizes: NDArray[np.int64] = field(init=False, compare=False, repr=False)
-    _passes: Passes = field(default=NONE, init=False, compare=False, repr=False)
+    # (n, 3) the latest passes, the newest last: kind, binary logarithm of the number of rows, and
+    # seconds divided by what the table says
+    _passes: NDArray[np.float64] = field(init=False, compare=False, repr=False)
     # corrections by kind since the newest pass
     _known: dict[int, NDArray[np.float64]] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
-    # passes until the table is compared with them
-    _until_checked: int = field(default=CHECKED_EVERY, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         sizes, seconds = list(self.seconds), list(self.seconds.values())
@@ -165,7 +153,7 @@ class VerifyCosts:
             raise ValueError(f"seconds must be finite and above 0, got {seconds}")
         if not all(0 <= x < math.inf for x in self.position_s.values()):
             raise ValueError(f"position_s must be finite and 0 or more, got {self.position_s}")
-        self.sizes = np.array(sizes)
+        self.sizes, self._passes = np.array(sizes), np.zeros((0, 3))
 
     @classmethod
     def measure(
@@ -236,33 +224,27 @@ class VerifyCosts:
         """
         numbers = np.asarray(rows)
         found = self._table_seconds(numbers, np.asarray(reads, np.float64), sequences)
-        has_trees = numbers > sequences
-        for chosen, least in ((has_trees, sequences + 1), (~has_trees, sequences)):
+        for chosen, has_trees in ((numbers > sequences, True), (numbers <= sequences, False)):
             if chosen.any():
-                ratios = self._corrections(_kind(least, sequences))
+                ratios = self._corrections(_kind(sequences, has_trees))
                 found[chosen] *= np.interp(numbers[chosen], self.sizes, ratios)
         return found
 
     def observe(self, rows: int, reads: float, sequences: int, seconds: float) -> None:
         """Take in a forward pass of decoding."""
-        table = self._table_seconds(np.array([rows]), np.array([reads]), sequences)
-        newest = _kind(rows, sequences), math.log2(rows), max(seconds, 1e-9) / float(table[0])
+        table_s = float(self._table_seconds(np.array([rows]), np.array([reads]), sequences)[0])
+        kind, ratio = _kind(sequences, rows > sequences), max(seconds, 1e-9) / table_s
         # Threads may share the costs: each reads the passes and what is known of them as a whole.
-        parts = zip(self._passes, newest, strict=True)
-        self._passes = Passes(*(np.append(old[1 - REMEMBERED :], new) for old, new in parts))
+        self._passes = np.vstack([self._passes[-REMEMBERED:], [kind, math.log2(rows), ratio]])
         self._known = {}
-        self._until_checked -= 1
-        if not self._until_checked:
-            self._until_checked = CHECKED_EVERY
+        if len(self._passes) > REMEMBERED:
             self._correct_table()
+            self._passes = self._passes[REMEMBERED // 2 :]
 
-    def has_seen_plain(self, sequences: int) -> bool:
-        """Return whether a plain pass over about that many sequences is among the latest ones."""
-        return bool((self._passes.kinds == _kind(sequences, sequences)).any())
-
-    def are_known(self, sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return for each of the (n,) sizes whether a late pass had a tree of about that size."""
-        return self._near(_kind(2, 1), sizes) > 0
+    def is_known(self, size: int) -> bool:
+        """Return whether a late pass had a single tree of about that size."""
+        trees = self._passes[self._passes[:, 0] == _kind(1, True)]
+        return bool((abs(trees[:, 1] - math.log2(size)) < math.log2(DIFFERENT)).any())
 
     def _table_seconds(
         self, rows: NDArray[np.int64], reads: NDArray[np.float64], sequences: int
@@ -282,33 +264,29 @@ class VerifyCosts:
     def _corrections(self, kind: int) -> NDArray[np.float64]:
         """Return the (n,) corrections of the table's sizes for a kind of passes."""
         passes = self._passes
-        if not len(passes.kinds):
+        if not len(passes):
             return np.ones(len(self.sizes))
         if (found := self._known.get(kind)) is None:
-            own = np.flatnonzero(passes.kinds == kind)
-            used = own if len(own) else np.arange(len(passes.kinds))
-            distances = abs(np.log2(self.sizes)[:, None] - passes.octaves[used])
-            distances += (len(passes.kinds) - used) / REMEMBERED
+            own = np.flatnonzero(passes[:, 0] == kind)
+            used = own if len(own) else np.arange(len(passes))
+            distances = abs(np.log2(self.sizes)[:, None] - passes[used, 1])
+            distances += (len(passes) - used) / REMEMBERED
             nearest = np.argsort(distances, 1, kind="stable")[:, :NEAREST]
-            self._known[kind] = found = passes.ratios[used][nearest].min(1)
+            found = passes[used, 2][nearest].min(1)
+            if not len(own) and not kind % 2:
+                found = np.minimum(found, 1.0)
+            self._known[kind] = found
         return found
-
-    def _near(self, kind: int, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how many passes of a kind had about as many rows as each of the (n,) sizes."""
-        octaves = self._passes.octaves[self._passes.kinds == kind]
-        near = abs(np.log2(sizes)[:, None] - octaves) < math.log2(DIFFERENT)
-        return np.asarray(near.sum(1), np.int64)
 
     def _correct_table(self) -> None:
         """Take lasting corrections over into the table and its file; see the module's rule."""
-        trees, roots = _kind(2, 1), _kind(1, 1)
-        near, found = self._near(trees, self.sizes), self._corrections(trees).copy()
-        near[0], found[0] = self._near(roots, self.sizes[:1])[0], self._corrections(roots)[0]
-        known = near >= NEAREST
-        known[0] = near[0] > 1  # plain passes are rare
-        if not known.any():
+        roots, trees = _kind(1, False), _kind(1, True)
+        counts = Counter(self._passes[:, 0].tolist())
+        if counts[trees] < NEAREST:
             return
-        ratios = np.interp(self.sizes, self.sizes[known], found[known])
+        ratios = self._corrections(trees).copy()
+        if counts[roots] > 1:  # plain passes are rare, and one may be disturbed
+            ratios[0] = self._corrections(roots)[0]
         ratios /= max(ratios.min(), 1.0)
         if max(ratios.max(), 1 / ratios.min()) <= DIFFERENT:
             return
@@ -318,14 +296,14 @@ class VerifyCosts:
         }
         costs = zip(self.seconds.items(), ratios.tolist(), strict=True)
         self.seconds = {size: cost * ratio for (size, cost), ratio in costs}
-        self._passes, self._known = NONE, {}  # the table has what they said
+        self._passes, self._known = self._passes[:0], {}  # the table has what they said
         if self.file is not None and self.file.is_valid():
             self.file.write(self)
 
 
-def _kind(rows: int, sequences: int) -> int:
-    """Return the kind of a pass: about how many sequences it has, and whether they have trees."""
-    return 2 * power_of_two(sequences) + (rows > sequences)
+def _kind(sequences: int, has_trees: bool) -> int:
+    """Return the kind of passes over about so many sequences, with trees or roots alone."""
+    return 2 * power_of_two(sequences) + has_trees
 
 
 def model_key(target: Path) -> str:

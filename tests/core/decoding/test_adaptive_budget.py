@@ -180,12 +180,6 @@ class TestTrials:
     def test_no_larger_tree_is_verified_that_promises_little(self):
         assert self.verified(chain(*[0.9] * 4, *[0.05] * 11)) == [5] * 40
 
-    @pytest.mark.parametrize(("share", "tried"), [(0.7, 1), (0.9, 0)])
-    def test_a_smaller_tree_that_promises_almost_as_much_is_verified(self, share, tried):
-        """Once: the table says that it costs as much, and the pass says so, too."""
-        found = self.verified(chain(*[share] * 15), cost=lambda n: 1.0)
-        assert sum(n < 16 for n in found) == tried
-
 
 class TestAcceptance:
     def test_before_anything_was_seen_the_drafter_is_believed(self):
@@ -198,6 +192,7 @@ class TestAcceptance:
             pytest.param([(chain(0.9), 1)], chain(0.9), 0.53, id="too sure"),
             pytest.param([(chain(0.3), 2)], chain(0.3), 0.43, id="too unsure"),
             pytest.param([(chain(0.9, 0.5), 1)], chain(0.1, 0.5), 0.017, id="at every depth"),
+            pytest.param([(chain(0.5), 1)], chain(0.5, 0.5, 0.5), 0.048, id="along a path"),
             pytest.param([(confident(0.1), 1)], confident(0.1), 0.36, id="confidence"),
             pytest.param([(confident(0.1), 1)], confident(0.99), 0.5, id="another confidence"),
             pytest.param([(copied(4), 1)], copied(4), 0.5, id="copies learn in their sequences"),
@@ -208,23 +203,12 @@ class TestAcceptance:
     def test_nodes_are_corrected_by_what_was_accepted_of_their_kind(self, lessons, tree, expected):
         assert learned(*lessons).gains(tree)[-1] == pytest.approx(expected, abs=0.01)
 
-    def test_corrections_multiply_along_a_path(self):
-        found = learned((chain(0.5), 1)).gains(chain(0.5, 0.5, 0.5))
-        assert found[1:] == pytest.approx([found[1], found[1] ** 2, found[1] ** 3])
-        assert 0.3 < found[1] < 0.4
-
     def test_no_node_is_likelier_than_its_parent(self):
         """One of a level that is accepted more often than the drafter says."""
         acceptance = learned((confident(0.1), 1), (confident(0.9), 2))
         tree = replace(chain(0.6, 0.99, 0.99), confidences=np.array([1, 0.1, 0.9, 0.9], np.float32))
         gains = acceptance.gains(tree)
         assert gains[0] > gains[1] == gains[2] == gains[3]
-
-    def test_only_children_of_accepted_nodes_are_counted(self):
-        acceptance = Acceptance()
-        acceptance.observe([chain(0.5, 0.25, 0.9)], [path(2)])
-        assert acceptance.expected.sum() == pytest.approx(0.5 + 0.25)
-        assert acceptance.accepted.sum() == 1
 
     def test_what_is_not_seen_any_more_is_forgotten(self):
         lesson = chain(0.5, 0.5), 1
@@ -496,8 +480,21 @@ def test_wrong_costs_are_healed_within_one_text(text, first, later, right):
     assert speeds[1] > later * right[1] > 1.5 / true_s(1)
 
 
-def test_drafts_that_do_not_pay_cost_little_although_they_are_tried():
-    assert Text(lambda rows: 1, hit=0.05).speeds(300, 300)[1] > 0.95 / true_s(1)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param(lambda rows: 1, id="right"),
+        pytest.param(lambda rows: 10, id="ten times too slow"),
+        pytest.param(lambda rows: 0.1, id="ten times too fast"),
+        pytest.param(lambda n: 1 if n == 1 else 0.1, id="cheap trees"),
+        pytest.param(lambda n: 1 if n == 1 else 8, id="expensive trees"),
+    ],
+)
+def test_drafts_that_do_not_pay_cost_little_whatever_the_table_says(wrong):
+    """The first 100 tokens, and later ones."""
+    first, later = Text(wrong, hit=0.05).speeds(100, 300)
+    assert first * true_s(1) > 0.93
+    assert later * true_s(1) > 0.97
 
 
 def test_a_text_without_a_shared_budget_measures_its_own_costs(tiny_pair):
