@@ -1,12 +1,11 @@
 """Sampling: filters and choices, noise that never changes, and edits and penalties of logits."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from treeflash.config import METHODS, DecodeConfig, LoadConfig, Penalties, SamplingConfig
+from treeflash.config import Penalties, SamplingConfig
 from treeflash.decoding.sampling import (
     LogitEdits,
     Noise,
@@ -24,12 +23,11 @@ from treeflash.decoding.sampling import (
 )
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import NumericalError
-from treeflash.reference.backend import load
-from treeflash.testing.comparisons import generate, path_to, random_tokens, random_tree
+from treeflash.testing.comparisons import path_to, random_tokens, random_tree
 from treeflash.testing.pairs import SAMPLINGS
 
 # Exceeded with probability 0.001, by degrees of freedom.
-CHI_SQUARE_LIMIT = {11: 31.26, 15: 37.70, 63: 103.44}
+CHI_SQUARE_LIMIT = {15: 37.70, 63: 103.44}
 
 
 def keys(count: int) -> np.ndarray:
@@ -53,6 +51,9 @@ FILTERS = [
     SamplingConfig(temperature=1.5, top_k=8, top_p=0.8),
     SamplingConfig(temperature=0.7, top_k=9, top_p=0.95, min_p=0.05),
 ]
+
+# Probabilities of logits 1 and 0 are one half and one quarter.
+HALF = SamplingConfig(temperature=1 / math.log(2), top_p=0.5)
 
 
 def naive_probs(logits: list[float], sampling: SamplingConfig) -> list[float]:
@@ -87,14 +88,25 @@ class TestFilters:
         np.testing.assert_array_equal(probs > 0, expected > 0)
         np.testing.assert_allclose(probs, expected, rtol=1e-12)
 
-    def test_large_logits_do_not_overflow(self):
-        logits = np.array([[3e38, -3e38, 3e38]], np.float32)
-        probs = filtered_probs(logits, SamplingConfig(temperature=1))
-        assert probs.tolist() == [[0.5, 0, 0.5]]
-
-    def test_impossible_tokens_stay_impossible(self):
-        logits = np.array([[0, -np.inf, 0]], np.float32)
-        assert filtered_probs(logits, SamplingConfig(temperature=9)).tolist() == [[0.5, 0, 0.5]]
+    @pytest.mark.parametrize(
+        ("logits", "sampling", "expected"),
+        [
+            pytest.param(
+                [3e38, -3e38, 3e38], SamplingConfig(temperature=1), [0.5, 0, 0.5], id="large"
+            ),
+            pytest.param(
+                [0, -np.inf, 0], SamplingConfig(temperature=9), [0.5, 0, 0.5], id="impossible"
+            ),
+            # It is lost to rounding in the sum of the others.
+            pytest.param([1, -90], SamplingConfig(temperature=1), [1, 3e-40], id="improbable"),
+            # Of probabilities of exactly a half and two quarters, the first alone reaches one half.
+            pytest.param([1, 0, 0], HALF, [0.5, 0, 0], id="all of the mass that top_p names"),
+        ],
+    )
+    def test_filters_by_hand(self, logits, sampling, expected):
+        (probs,) = filtered_probs(np.array([logits], np.float32), sampling)
+        assert ((probs > 0) == (np.array(expected) > 0)).all()
+        np.testing.assert_allclose(probs, expected, atol=1e-15)
 
     @pytest.mark.parametrize(
         ("sampling", "kept"),
@@ -116,33 +128,8 @@ class TestFilters:
         logits = np.log(np.array([[8, 2, 1, 2, 2]], np.float64)).astype(np.float32)
         assert np.flatnonzero(filtered_probs(logits, sampling)[0]).tolist() == kept
 
-    def test_no_filter_drops_no_token(self):
-        """Tokens stay whose probability is lost to rounding in the sum of the others."""
-        logits = np.array([[1, -50, 2, -90]], np.float32)
-        assert (filtered_probs(logits, SamplingConfig(temperature=1)) > 0).all()
-
-    @pytest.mark.parametrize("sampling", FILTERS, ids=str)
-    def test_a_flat_row_keeps_every_token(self, sampling):
-        assert (filtered_probs(np.zeros((1, 50), np.float32), sampling) > 0).all()
-
 
 class TestChoose:
-    @pytest.mark.sample(5)
-    @pytest.mark.parametrize("draws", [5000, pytest.param(20_000, marks=pytest.mark.nightly)])
-    @pytest.mark.parametrize("sampling", FILTERS, ids=str)
-    def test_distribution(self, sampling, draws):
-        logits = np.array([1.5, 0, 2, -1, 0.5, 0.2, 1, -0.5, 1.8, 0.9, -0.2, 0.7])
-        expected = draws * np.array(naive_probs(np.float32(logits).tolist(), sampling))
-        rows = np.broadcast_to(np.float32(logits), (draws, len(logits)))
-        counts = np.bincount(sample_tokens(rows, sampling, keys(draws)), minlength=len(logits))
-        possible = expected > 0
-        assert counts[~possible].sum() == 0
-        rare = possible & (expected < 5)  # pooled, or chi-square is no fair measure
-        common = possible & ~rare
-        counts = np.append(counts[common], counts[rare].sum())
-        expected = np.append(expected[common], max(expected[rare].sum(), 1e-9))
-        assert ((counts - expected) ** 2 / expected).sum() < CHI_SQUARE_LIMIT[11]
-
     def test_takes_the_largest_sum_of_logit_and_noise(self):
         """The noise of a colder temperature is smaller."""
         logits = np.random.default_rng(1).normal(size=(40, 30)).astype(np.float32)
@@ -160,18 +147,6 @@ class TestChoose:
         noise = gumbel(keys(50), np.arange(40, dtype=np.int32))
         expected = logits + sampling.temperature * noise
         np.testing.assert_allclose(noisy[kept], expected[kept], rtol=1e-6, atol=1e-6)
-
-    def test_rows_together_equal_rows_alone(self):
-        """A tree's node gets the token that plain decoding would get there."""
-        rng = np.random.default_rng(4)
-        logits, all_keys = rng.normal(0, 2, (200, 50)).astype(np.float32), keys(200)
-        for sampling in FILTERS:
-            together = sample_tokens(logits, sampling, all_keys)
-            alone = [
-                int(sample_tokens(logits[i : i + 1], sampling, all_keys[i : i + 1])[0])
-                for i in range(200)
-            ]
-            assert together.tolist() == alone
 
     def test_greedy_takes_the_best_and_the_first_of_equals(self):
         logits = np.array([[0, 3, 1], [2, -1, 2], [-np.inf, -5, -np.inf]], np.float32)
@@ -198,30 +173,7 @@ class TestChoose:
             sample_tokens(logits, sampling, keys(3))
 
 
-def test_top_p_keeps_no_token_beyond_the_mass_that_it_names():
-    """Probabilities of exactly a half and two quarters: the first alone reaches one half."""
-    sampling = SamplingConfig(temperature=1 / math.log(2), top_p=0.5)
-    logits = np.array([[1, 0, 0]], np.float32)
-    assert filtered_probs(logits, replace(sampling, top_p=1.0)).tolist() == [[0.5, 0.25, 0.25]]
-    assert filtered_probs(logits, sampling).tolist() == [[0.5, 0, 0]]
-
-
 SEEDS = [0, 1, 2, 12345, 2**32, 2**63, 2**64 - 1]
-
-# At positions 0, 1, 7 and 4095.
-KEYS_OF_SEED_0 = [
-    [149215387, 49592932],
-    [2628306354, 1037445899],
-    [1738823612, 4235122279],
-    [1396331794, 1783157696],
-]
-
-KEYS_OF_LAST_SEED = [
-    [2380159995, 1009066437],
-    [2920482519, 3080826205],
-    [4000967216, 1314990446],
-    [2150454326, 117681275],
-]
 
 # Of seed 0 at position 7.
 NOISE_OF_TOKENS = {0: 0.523037, 1: -0.157901, 2: 2.00573, 151935: 1.584003}
@@ -264,16 +216,6 @@ class TestPositionKeys:
         stream = np.random.Philox(key=seed).random_raw(100).tolist()
         assert [a + (b << 32) for a, b in zip(low, high, strict=True)] == stream
 
-    def test_keys_never_change(self):
-        """A seed quoted in a bug report must give the same sequence for ever."""
-        asked = positions(0, 1, 7, 4095)
-        assert position_keys(0, asked).tolist() == KEYS_OF_SEED_0
-        assert position_keys(2**64 - 1, asked).tolist() == KEYS_OF_LAST_SEED
-
-    def test_nodes_of_one_depth_share_a_key(self):
-        first, second, third = position_keys(5, positions(9, 9, 10)).tolist()
-        assert first == second != third
-
     def test_far_positions_are_cheap(self):
         """Reached in one step: a stream up to there would take 16 GB."""
         last = 2**31 - 1
@@ -312,20 +254,15 @@ class TestGumbel:
         cells = (quantiles(first) * 8).astype(int) * 8 + (quantiles(second) * 8).astype(int)
         assert chi_square(np.bincount(cells, minlength=64), 1000) < CHI_SQUARE_LIMIT[63]
 
-    def test_rare_tokens_win_as_often_as_they_should(self):
-        """The noise that lets an improbable token win is precise: one in 2000 here."""
-        keys = position_keys(6, tokens(40_000))
-        logits = np.full(251, math.log(1 / 2000 / 250))
-        logits[0] = math.log(1 - 1 / 2000)
-        wins = ((logits + gumbel(keys, tokens(251))).argmax(-1) > 0).sum()
-        assert abs(wins - 20) < 4 * math.sqrt(20)
-
     def test_noise_is_finite(self):
         """For all 2**31 shares: the smallest and the largest are the ends."""
         noise = gumbel(position_keys(1, tokens(300)), tokens(20_000))
         assert noise.dtype == np.float32
         assert np.isfinite(noise).all()
         assert -math.log(17) < noise.min() < noise.max() < math.log(2**32)
+        # The noise that lets an improbable token win is precise.
+        expected = noise.size * -math.expm1(-math.exp(-12))
+        assert abs((noise > 12).sum() - expected) < 4 * math.sqrt(expected)
 
     def test_tokens_of_each_row(self):
         keys, rng = position_keys(2, tokens(3)), np.random.default_rng(0)
@@ -494,44 +431,5 @@ def test_each_node_counts_its_own_path(penalties, nodes):
         np.testing.assert_allclose(found[node], expected, atol=1e-5)
 
 
-def test_tokens_outside_the_tree_are_not_counted_node_by_node(monkeypatch):
-    """A bias may have all tokens of the vocabulary, and the prompt many."""
-    columns, ancestor_mask = [], DraftTree.ancestor_mask
-
-    class Recorded(np.ndarray):
-        def __matmul__(self, other):
-            columns.append(other.shape[1])
-            return np.asarray(self) @ other
-
-    monkeypatch.setattr(DraftTree, "ancestor_mask", lambda tree: ancestor_mask(tree).view(Recorded))
-    state = PenaltyState(Penalties(repetition=1.3), range(10_000))
-    state.edits(random_tree(np.random.default_rng(0), 3, 30, 10_000))
-    assert columns
-    assert max(columns) < 30
-
-
 def test_no_penalty_changes_nothing():
     assert PenaltyState(Penalties(), [1, 2]).edits(DraftTree.root_only(2)) is None
-
-
-@pytest.fixture
-def backend(tiny_pair):
-    return load(*tiny_pair, LoadConfig())
-
-
-@pytest.mark.sample(4)
-@pytest.mark.parametrize("penalties", PENALTIES.values(), ids=PENALTIES)
-@pytest.mark.parametrize(
-    "sampling", [SamplingConfig(), SamplingConfig(temperature=0.9, seed=5)], ids=["greedy", "seed"]
-)
-def test_decoding_equals_plain_decoding(backend, penalties, sampling):
-    def tokens(method, penalties=penalties):
-        config = DecodeConfig(
-            method=method, budget=12, max_tokens=24, sampling=sampling, penalties=penalties
-        )
-        return generate(backend, [5, 6, 7, 5], config)
-
-    plain = tokens("ar")
-    assert len(plain) == 24
-    for method in METHODS[1:]:
-        assert tokens(method) == plain

@@ -29,11 +29,10 @@ from treeflash.decoding.suffix import (
     SuffixTree,
     best_tree,
     expand,
-    match_level,
     tree_of,
 )
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.decoding.tree import DraftTree, build_tree
+from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.testing.comparisons import paths as token_paths
 from treeflash.testing.comparisons import tokens_of
@@ -259,11 +258,6 @@ class TestDrafter:
         proposal = drafter.propose(4, 4)
         assert proposal.probs[1] > 0.7
 
-    def test_levels_of_a_match(self):
-        assert [match_level(n) for n in (2, 3, 4, 5, 8, 9, 16, 17, 32)] == [
-            *(0, 1, 1, 2, 2, 3, 3, 4, 4)
-        ]
-
 
 def random_table(rng: np.random.Generator, depths: int) -> TransitionTable:
     tokens = np.stack([rng.permutation(6)[:4] for _ in range(depths)]).astype(np.int32)
@@ -307,13 +301,6 @@ class TestMerge:
             assert (tree.depths == [0, *map(len, paths)]).all()
             assert tree.matches is not None
             assert (tree.matches > 0).any()
-
-    def test_without_a_proposal_the_tree_is_that_of_the_table(self):
-        table = random_table(np.random.default_rng(5), 3)
-        merged, built = merge(table, SuffixTree(0), 1, 16), build_tree(table, 1, 16)
-        assert merged.tokens.tolist() == built.tokens.tolist()
-        assert merged.parents.tolist() == built.parents.tolist()
-        np.testing.assert_allclose(merged.log_probs, built.log_probs)
 
     def test_confidences_are_those_of_the_rows(self):
         tokens = np.array([[[3, 4]], [[5, 6]]], np.int32)

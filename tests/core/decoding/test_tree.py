@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from heapq import heappop, heappush
-from itertools import product
 
 import numpy as np
 import pytest
@@ -10,8 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_tables import BUDGETS, KINDS, ROOT, SHAPES, random_table
 
-from treeflash.config import SamplingConfig
-from treeflash.decoding.sampling import SamplingParams, sample
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, accept, build_chain, build_tree
 from treeflash.testing.comparisons import paths, random_tree
@@ -21,13 +18,6 @@ def test_is_chain_tells_chains_from_trees():
     table = random_table("flat", (3, 1, 2), 0)
     assert build_tree(table, ROOT, 2).is_chain
     assert not build_tree(table, ROOT, 3).is_chain
-
-
-def test_positions_follow_depths():
-    tree = build_tree(random_table("smooth", (5, 2, 3), 0), ROOT, 16)
-    positions = tree.positions(100)
-    assert positions.dtype == np.int32
-    assert positions.tolist() == [100 + depth for depth in tree.depths.tolist()]
 
 
 def naive_ancestor_mask(parents: list[int]) -> np.ndarray:
@@ -140,28 +130,6 @@ def test_tree_equals_heap(kind, shape):
             assert_same_tree(build_tree(table, ROOT, budget), heap_tree(table, ROOT, budget))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_tree_holds_the_most_probable_of_all_paths(kind):
-    """Against a full enumeration, which takes nothing about best-first search for granted."""
-    shape = depths, _, children = 4, 2, 3
-    for seed in range(5):
-        table = random_table(kind, shape, seed)
-        every = []
-        for length in range(1, depths + 1):
-            for path in product(range(children), repeat=length):
-                row, log_prob = 0, 0.0
-                for depth, rank in enumerate(path):
-                    log_prob += float(table.log_probs[depth, row, rank]) if row >= 0 else -np.inf
-                    row = int(table.next_row[depth, row, rank])
-                if log_prob > -np.inf:
-                    every.append((-log_prob, path))
-        every.sort()
-        for budget in (2, 5, 20, 500):
-            tree = build_tree(table, ROOT, budget)
-            assert (-tree.log_probs[1:]).tolist() == [cost for cost, _ in every[: budget - 1]]
-            assert tree.depths[1:].tolist() == [len(path) for _, path in every[: budget - 1]]
-
-
 def test_nodes_have_the_confidence_of_the_row_that_they_are_of():
     table = random_table("smooth", (4, 3, 3), 7)
     known = np.random.default_rng(8).random((4, 3)).astype(np.float32)
@@ -187,52 +155,6 @@ def test_a_chain_ends_where_no_child_exists():
     chain = build_chain(table, ROOT, 9)
     assert chain.tokens.tolist() == [ROOT, *table.tokens[:2, 0, 0]]
     assert np.isfinite(chain.log_probs).all()
-
-
-def test_equal_probabilities_go_by_rank_path():
-    """Two depths, two children, all paths of a depth equal: (0), (1), (0, 0), (0, 1), ..."""
-    table = TransitionTable(
-        np.array([[[10, 11]], [[20, 21]]], np.int32),
-        np.full((2, 1, 2), -1, np.float32),
-        np.array([[[0, 0]], [[-1, -1]]], np.int32),
-    )
-    tree = build_tree(table, ROOT, 99)
-    assert tree.tokens.tolist() == [ROOT, 10, 11, 20, 21, 20, 21]
-    assert tree.parents.tolist() == [-1, 0, 0, 1, 1, 2, 2]
-    assert tree.log_probs.tolist() == [0, -1, -1, -2, -2, -2, -2]
-
-
-def test_absent_children_everywhere_leave_the_root():
-    table = TransitionTable(
-        np.zeros((3, 1, 4), np.int32),
-        np.full((3, 1, 4), -np.inf, np.float32),
-        np.zeros((3, 1, 4), np.int32),
-    )
-    assert_same_tree(build_tree(table, ROOT, 16), DraftTree.root_only(ROOT))
-
-
-def test_absent_children_cost_nothing():
-    """One possible path in a table with 16 ** 15 impossible ones."""
-    log_probs = np.full((15, 1, 16), -np.inf, np.float32)
-    log_probs[..., 0] = -1
-    next_row = np.zeros((15, 1, 16), np.int32)
-    next_row[-1] = -1
-    table = TransitionTable(np.tile(np.arange(16, dtype=np.int32), (15, 1, 1)), log_probs, next_row)
-    tree = build_tree(table, ROOT, 1024)
-    assert tree.is_chain
-    assert tree.log_probs.tolist() == [-float(d) for d in range(16)]
-
-
-def test_root_only():
-    tree = DraftTree.root_only(ROOT)
-    assert (tree.tokens.tolist(), tree.parents.tolist(), tree.depths.tolist()) == (
-        [ROOT],
-        [-1],
-        [0],
-    )
-    assert tree.is_chain
-    assert_same_tree(build_tree(random_table("smooth", (5, 2, 3), 0), ROOT, 1), tree)
-    assert_same_tree(build_chain(random_table("smooth", (5, 2, 3), 0), ROOT, 1), tree)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -298,10 +220,6 @@ def test_a_tree_of_equally_probable_paths_has_a_table():
     assert paths_of(build_tree(tree.as_table(), ROOT, 4)) == paths_of(tree)
 
 
-def tree_of(tokens: list[int], parents: list[int]) -> DraftTree:
-    return DraftTree.from_parents(np.array(tokens, np.int32), np.array(parents, np.int32))
-
-
 def naive_walk(tree: DraftTree, chosen: np.ndarray) -> tuple[list[int], list[int]]:
     path, tokens = [0], [int(chosen[0])]
     while True:
@@ -328,71 +246,3 @@ def test_walk_equals_naive_walk(nodes):
         assert accepted.path.dtype == np.int32
         lengths.add(len(path))
     assert max(lengths) >= min(nodes, 4)
-
-
-def test_path_and_tokens_by_hand():
-    #      9 ─ 5 ─ 7
-    #        └ 6 ─ 5 ─ 8
-    tree = tree_of([9, 5, 6, 7, 5, 8], [-1, 0, 0, 1, 2, 4])
-    accepted = accept(tree, np.array([6, 7, 5, 0, 1, 8], np.int32))
-    assert accepted.path.tolist() == [0, 2, 4]
-    assert accepted.tokens == (6, 5, 1)
-
-
-def test_tokens_are_plain_integers():
-    accepted = accept(tree_of([9, 5], [-1, 0]), np.array([5, 3], np.int32))
-    assert [type(token) for token in accepted.tokens] == [int, int]
-
-
-DEPTHS, VOCAB, TEXTS = 5, 7, 500
-
-ERRORS = 3.5
-"""Standard errors within which the mean lies; the seeds are the same in every run."""
-
-
-def marginals(rng: np.random.Generator, temperature: float) -> tuple[np.ndarray, TransitionTable]:
-    """Draw the target's (DEPTHS + 1, VOCAB) logits by depth, and its drafter's table of them."""
-    logits = rng.normal(0, 1.5, (DEPTHS + 1, VOCAB)).astype(np.float32)
-    scaled = (logits / temperature).astype(np.float64)
-    log_probs = scaled - np.logaddexp.reduce(scaled, -1, keepdims=True)
-    order = np.argsort(-log_probs[:DEPTHS], -1, kind="stable")
-    sorted_log_probs = np.take_along_axis(log_probs[:DEPTHS], order, -1).astype(np.float32)
-    return logits, TransitionTable.from_marginals(order.astype(np.int32), sorted_log_probs)
-
-
-def accepted_lengths(tree: DraftTree, logits: np.ndarray, temperature: float) -> np.ndarray:
-    """The accepted drafts of `TEXTS` samples: texts of one seed, far from each other."""
-    # Every node of a depth has its own draw, as after different prefixes of a real target.
-    positions = 64 * np.arange(TEXTS, dtype=np.int32)[:, None] + np.arange(
-        len(tree), dtype=np.int32
-    )
-    sampling = SamplingConfig(temperature=temperature, seed=5)
-    params = SamplingParams.from_positions(sampling, positions.ravel())
-    sampled = sample(np.tile(logits[tree.depths], (TEXTS, 1)), params)
-    texts = sampled.tokens.reshape(positions.shape)
-    return np.array([len(accept(tree, tokens).path) - 1 for tokens in texts])
-
-
-@pytest.mark.sample(2)
-@pytest.mark.parametrize("temperature", [0.6, 1.0])
-@pytest.mark.parametrize("budget", [2, 8, 32])
-def test_the_mean_accepted_length_is_the_sum_of_probabilities(budget, temperature):
-    """DDTree's Proposition 1: where the target's conditionals are the drafter's marginals.
-
-    It holds the builder, the sampler and the acceptance together.
-    """
-    logits, table = marginals(np.random.default_rng(budget), temperature)
-    for tree in (build_tree(table, 0, budget), build_chain(table, 0, budget)):
-        expected = np.exp(tree.log_probs[1:]).sum()
-        lengths = accepted_lengths(tree, logits, temperature)
-        error = lengths.std() / np.sqrt(TEXTS)
-        assert abs(lengths.mean() - expected) <= ERRORS * error, (expected, lengths.mean(), error)
-
-
-def test_a_tree_of_other_probabilities_is_noticed():
-    """The proposition's sum tells a drafter whose marginals are not the target's."""
-    logits, table = marginals(np.random.default_rng(1), 1.0)
-    tree = build_tree(table, 0, 16)
-    lengths = accepted_lengths(tree, logits, 0.3)
-    expected = np.exp(tree.log_probs[1:]).sum()
-    assert abs(lengths.mean() - expected) > ERRORS * lengths.std() / np.sqrt(TEXTS)
