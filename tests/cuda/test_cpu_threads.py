@@ -128,6 +128,36 @@ def test_compiled_functions_alone_share_work_if_they_compute_all_products(
     assert torch.get_num_threads() == 3
 
 
+ONE_OPENMP = """
+import os
+import sentencepiece
+import torch
+from treeflash_cuda.cpu.layer_code import LayerKind
+from treeflash_cuda.cpu.layer_kernels import layer_kernels
+from treeflash_cuda.cpu.threads import cpu_threads
+
+cpu_threads().choose(2)
+x = torch.ones(4000, 256)
+kernels = layer_kernels(torch.float32, torch.float32, LayerKind(64), (256,))
+assert kernels.threads == 2
+torch.exp(x)
+started = len(os.listdir("/proc/self/task"))
+kernels.rms_norm(x, torch.ones(256), 1e-6)
+print(len(os.listdir("/proc/self/task")) - started)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="lists threads in /proc")
+def test_compiled_functions_run_in_the_threads_of_pytorch_s_operations():
+    """Beside a package that loads an OpenMP of its own, whose threads would be further ones."""
+    require("llvmlite")
+    pytest.importorskip("sentencepiece")
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_OPENMP], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "0\n", done.stderr
+
+
 @pytest.mark.parametrize("variable", threads.VARIABLES)
 def test_a_variable_of_the_environment_is_a_choice(monkeypatch, variable):
     assert threads.Threads().policy is not None

@@ -20,6 +20,7 @@ from typing import Any
 
 import llvmlite
 import llvmlite.binding as llvm
+import torch
 
 from treeflash.config import cache_folder
 from treeflash_cuda.cpu import ir_builder
@@ -82,17 +83,16 @@ def _object_code(path: Path, machine: Any, build: Callable[[], str]) -> bytes:
 
 @functools.cache
 def has_threads() -> bool:
-    """Let code find `FORK` in the OpenMP that PyTorch has loaded; return whether it is there.
+    """Let code find `FORK` in PyTorch's OpenMP; return whether it is there.
 
-    The threads of a function are then the ones of PyTorch's operations. On systems where PyTorch
-    has another OpenMP, functions have one thread.
+    The threads of a function are then the ones of PyTorch's operations. It is looked up from
+    PyTorch's library, because other packages load an OpenMP of their own (sentencepiece): the
+    threads of two take turns at waiting for work on processors that the other one needs. On systems
+    where PyTorch has another OpenMP, functions have one thread.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-    for path in sorted({line.split()[-1] for line in maps.splitlines() if "gomp" in line}):
-        with suppress(OSError, AttributeError):
-            function = getattr(ctypes.CDLL(path), FORK)
-            llvm.add_symbol(FORK, ctypes.cast(function, ctypes.c_void_p).value)
-            return True
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    with suppress(OSError, AttributeError):
+        function = getattr(ctypes.CDLL(str(library)), FORK)
+        llvm.add_symbol(FORK, ctypes.cast(function, ctypes.c_void_p).value)
+        return True
     return False
