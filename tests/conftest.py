@@ -4,9 +4,8 @@ import gc
 import importlib
 import os
 import pickle
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -91,28 +90,6 @@ def kept_folder(request, tmp_path_factory) -> Callable[[str], Path]:
     """Name a folder for compiled code, which all workers share and the next run finds."""
     cache = getattr(request.config, "cache", None)
     return cache.mkdir if cache else tmp_path_factory.mktemp
-
-
-@pytest.fixture
-def run_processes() -> Callable[[Sequence[str], float], subprocess.CompletedProcess[str]]:
-    """Run a command that starts others; at a timeout all of them are killed, in any session."""
-
-    def run(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
-        import psutil
-
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
-            try:
-                out, err = process.communicate(timeout=timeout)
-            except BaseException:
-                launcher = psutil.Process(process.pid)
-                for started in [*launcher.children(recursive=True), launcher]:
-                    started.kill()
-                raise
-        return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-    return run
 
 
 @pytest.fixture

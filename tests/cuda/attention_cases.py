@@ -40,6 +40,25 @@ class Case:
         return (self.nodes,) * len(self.lengths)
 
 
+CASES = {
+    "trees": Case(lengths=(5, 0, 70), nodes=7),
+    "trees that cross tiles and chunks": Case(lengths=(60, 505), nodes=12, heads=2, kv_heads=1),
+    "trees of different sizes": Case(lengths=(600, 3, 511, 0), nodes=(1, 19, 40, 2)),
+    "a tree of 256 nodes": Case(lengths=(9,), nodes=256, heads=1, kv_heads=1),
+    "single tokens": Case(lengths=(3, 64, 1100), nodes=1),
+    "prompt tokens": Case(lengths=(0, 60), nodes=9, chunk=True),
+    "a window": Case(lengths=(600, 2), nodes=6, window=90),
+    "a window inside a tree": Case(lengths=(600, 2), nodes=9, window=2),
+    "the first positions and a window": Case(lengths=(600, 2), nodes=4, window=9, sink=3),
+    "soft-capping": Case(lengths=(5, 30), nodes=4, softcap=2.0),
+    "attention sinks": Case(lengths=(5, 30), nodes=4, sinks=True),
+    "blocks that see all of themselves": Case(lengths=(5, 63), nodes=4, block=True),
+    "narrow heads": Case(lengths=(5,), nodes=4, head_dim=6),
+    "heads whose width is no power of two": Case(lengths=(70,), nodes=4, head_dim=24),
+    "many heads for one key head": Case(lengths=(70,), nodes=2, heads=40, kv_heads=2),
+}
+
+
 def columns_of(table, count: int) -> Tensor:
     """The columns at the first offsets of a sequence."""
     offsets = np.arange(count)

@@ -1,4 +1,7 @@
-"""Pages of an arena: they never overlap, move or leak, forks share them, and memory has a limit."""
+"""Pages of an arena: they never overlap, move or leak, forks share them, and memory has a limit.
+
+Texts do not depend on where pages lie.
+"""
 
 import itertools
 from types import SimpleNamespace
@@ -7,14 +10,22 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mtp_pairs import write_mtp_pair, write_peagle_pair
+from parts import load_with_parts
 from recordings import recording
+from stand_ins import stand_in
 
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding import Request, Scheduler
+from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import MemoryInUseError
 from treeflash.testing import require
+from treeflash.testing.models import write_pair
 
 require("torch")
 
 import torch
+from treeflash_cuda.backend import load
 from treeflash_cuda.cache import Arena, Slab
 from treeflash_cuda.mtp_head import MtpArena, MtpCache
 from treeflash_cuda.state import State
@@ -284,23 +295,6 @@ def test_a_fork_copies_nothing_until_both_sequences_write_to_one_page():
     texts.check()
 
 
-def test_answers_to_one_prompt_share_all_pages_that_are_full():
-    """Their forks lack the prompt's last token, which each runs for its logits."""
-    texts = Texts(arena_of(10_000, PAGE, reserved=True), None)
-    first = texts.open(8_000 + PAGE)
-    texts.write(first, 8_000)
-    one = first.cache.nbytes
-    for _ in range(7):
-        fork = texts.fork(first, 7_999, 8_000 + PAGE, token=3)
-        assert fork.cache.next_offsets(np.array([3])) == 8_000
-        fork.cache.commit(1)
-        fork.expected = first.expected
-        texts.write(fork, PAGE)
-    texts.write(first, PAGE)
-    assert sum(text.cache.nbytes for text in texts.held) == one * (126 + 7) // 126
-    texts.check()
-
-
 def test_a_fork_copies_its_full_page_for_another_token_than_the_page_has():
     texts = Texts(arena_of(9 * PAGE, PAGE, reserved=True), None)
     first = texts.open(2 * PAGE)
@@ -322,3 +316,52 @@ def test_a_fork_copies_its_full_page_for_another_token_than_the_page_has():
     cut.copy_from(first.cache, PAGE - 1, token=3)
     cut.truncate(7)
     assert cut.next_offsets(np.array([3])) == 7
+
+
+PROMPT = [3 + n * n % 20 for n in range(80)]
+"""More than a page of 64 columns."""
+
+
+def decoded(backend, method):
+    """The tokens of prompts that share beginnings, of which some come from the prefix cache."""
+    scheduler, found = Scheduler(backend, prefix_cache=PrefixCache(1 << 24)), []
+    config = DecodeConfig(method=method, budget=8, max_tokens=4)
+    full_page = PROMPT[:64]
+    for prompts in ([PROMPT], [[*PROMPT[:70], 5, 6], [*PROMPT, 7]], [PROMPT, PROMPT, full_page]):
+        requests = [Request(prompt_ids=prompt, config=config) for prompt in prompts]
+        texts = {request: [] for request in requests}
+        for request, step in scheduler.decode(requests):
+            texts[request] += map(int, step.tokens)
+        found += [texts[request] for request in requests]
+    return found
+
+
+WRITERS = {
+    "a drafter": (write_pair, "qwen3"),
+    "an EAGLE-3 head": (write_mtp_pair, "eagle3"),
+    "P-EAGLE": (write_peagle_pair,),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "in_rows"),
+    [("a drafter", True), ("a drafter", False), ("an EAGLE-3 head", True), ("P-EAGLE", True)],
+)
+def test_tokens_do_not_depend_on_pages(tmp_path, monkeypatch, kind, in_rows):
+    """With masks, as long prompts run, and without."""
+    write, *args = WRITERS[kind]
+    pair, method = write(tmp_path, *args), "ddtree" if kind == "P-EAGLE" else "treeflash"
+    expected = decoded(load(*pair, LoadConfig(device="cpu", dtype="float32")), method)
+    backend = load_with_parts(monkeypatch, *pair, models=not in_rows)
+    take = Slab.take
+
+    def take_backwards(slab, count):
+        pages = take(slab, count)
+        return None if pages is None else pages[::-1].copy()
+
+    stand_in(monkeypatch, Slab, take=take_backwards)
+    if not in_rows:
+        backend.target.passes.has_row_pass = False
+    with recording(Slab, "copy") as copies:
+        assert decoded(backend, method) == expected
+    assert copies  # the beginnings end inside of pages

@@ -34,7 +34,7 @@ def test_a_missing_header_is_the_reason_of_a_failed_compiler(monkeypatch, tmp_pa
     """The compiler prints it, and Triton's error has a command and an exit status alone."""
     header = tmp_path / "Python.h"
     monkeypatch.setenv("CC", "/usr/bin/cc")
-    monkeypatch.setattr(compilation, "python_header", lambda: header)
+    stand_in(monkeypatch, compilation, python_header=lambda: header)
 
     def failing(*_, **__):
         raise FAILED
@@ -69,7 +69,7 @@ def test_compiling_is_announced_once_and_kept_kernels_are_not(listened, caplog, 
             knobs.compilation.listener(**facts, cache_hit=cache_hit)
         return kernels
 
-    monkeypatch.setattr(operations, "checked", compiles)
+    stand_in(monkeypatch, operations, checked=compiles)
     before = knobs.compilation.listener
     with caplog.at_level(logging.WARNING):
         operations.load_operations(examined_shapes(64), torch.device("cpu"), torch.float32)

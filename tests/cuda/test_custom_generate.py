@@ -7,6 +7,7 @@ import weakref
 from functools import partial
 
 import pytest
+from stand_ins import stand_in
 
 from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.errors import CheckpointError, ConfigError, PromptError
@@ -96,7 +97,7 @@ def test_the_best_published_drafter_that_can_be_used_is_the_default(models, tmp_
     model = copy.deepcopy(model)
     names = tmp_path / "missing", options["drafter"]
     published = [PublishedDrafter(name=str(name)) for name in names]
-    monkeypatch.setattr(hub_models, "published_drafters", lambda target: published)
+    stand_in(monkeypatch, hub_models, published_drafters=lambda target: published)
     expected = texts(model, do_sample=False)
     given = {"custom_generate": generate, "budget": 16}
     with pytest.warns(UserWarning, match="the drafter .*missing is skipped"):
@@ -265,7 +266,7 @@ def test_costs_are_measured_once_for_all_processes(models, tmp_path, monkeypatch
     """A copy of a model begins without a pair, as a new process does."""
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path))
     measured, costs = [], VerifyCosts({1: 1.0, 8: 1.1})
-    monkeypatch.setattr(VerifyCosts, "measure", lambda *args: measured.append(1) or costs)
+    stand_in(monkeypatch, VerifyCosts, measure=lambda *args: measured.append(1) or costs)
     model, options = models
     for _ in range(2):
         texts(copy.deepcopy(model), do_sample=False, **options | {"budget": "auto"})

@@ -10,6 +10,7 @@ from adapters import ones, write_adapter
 from faulty_kernels import faulty
 from parts import load_with_parts
 from scheduled_texts import assert_plain_texts
+from stand_ins import stand_in
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import CommittedPath
@@ -38,145 +39,105 @@ from treeflash_cuda.operations import Operations
 from treeflash_cuda.target import read_model_config
 from treeflash_cuda.target_loading import own_layers
 
+
+def fields(**settings):
+    """Settings of a configuration."""
+    return settings
+
+
+def rope(kind, **settings):
+    """A kind of rotary embeddings."""
+    return {"rope_type": kind, **settings}
+
+
 VOCAB = 40
-SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rope_theta": 1000.0,
-    "max_position_embeddings": 256,
-}
-BY_TURNS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 6}
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-YARN = {
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "rope_theta": 1000.0,
-    "original_max_position_embeddings": 64,
-}
+SMALL = fields(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=2, rope_theta=1000.0, max_position_embeddings=256,
+)  # fmt: skip
+BY_TURNS = fields(layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=6)
+WINDOWS = BY_TURNS | {"use_sliding_window": True}
+DEFAULT = rope("default", rope_theta=1000.0)
+LINEAR = rope("linear", factor=2.0, rope_theta=99.0)
+LLAMA3 = rope(
+    "llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=500.0,
+    original_max_position_embeddings=16,
+)  # fmt: skip
+YARN = rope("yarn", factor=4.0, rope_theta=1000.0, original_max_position_embeddings=64)
+LONGROPE = rope(
+    "longrope", rope_theta=1000.0, original_max_position_embeddings=128,
+    short_factor=[1.0, 1.5, 2.5], long_factor=[2.0, 3.0, 9.0],
+)  # fmt: skip
+BIASES = fields(attention_bias=True, mlp_bias=True)
+GEMMA = BY_TURNS | fields(head_dim=16, query_pre_attn_scalar=9, final_logit_softcapping=3.0)
+UNBOUND = fields(attn_logit_softcapping=None, final_logit_softcapping=None)
+LOCAL_AND_GLOBAL = {"full_attention": LINEAR, "sliding_attention": DEFAULT}
+GEMMA3 = GEMMA | fields(rope_parameters=LOCAL_AND_GLOBAL)
+STRETCHED = fields(rope_parameters={"full_attention": YARN, "sliding_attention": DEFAULT})
+GRANITE = BIASES | fields(
+    embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.7, logits_scaling=5.0
+)
+EXPERTS = fields(num_experts=6, num_local_experts=6, num_experts_per_tok=3)
+QWEN_MOE = EXPERTS | fields(
+    head_dim=16, moe_intermediate_size=32, norm_topk_prob=True, mlp_only_layers=[1]
+)
+SHARED_EXPERT = QWEN_MOE | fields(shared_expert_intermediate_size=40)
+DELTA_NET = fields(
+    head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+    linear_value_head_dim=12, layer_types=["linear_attention", "full_attention"] * 2,
+    rope_parameters=DEFAULT | {"partial_rotary_factor": 0.5},
+)  # fmt: skip
 CASES = {
-    "llama": {"head_dim": 16},
-    "llama, biases, tied": {
-        "attention_bias": True,
-        "mlp_bias": True,
-        "tie_word_embeddings": True,
-        "num_key_value_heads": 4,
-    },
-    "llama, llama3": {
-        "rope_parameters": LLAMA3 | {"rope_theta": 500.0, "original_max_position_embeddings": 16}
-    },
-    "llama, linear": {
-        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 99.0}
-    },
-    "mistral": {"sliding_window": 6, "head_dim": 16},
-    "mistral, no window": {"sliding_window": None},
+    "llama": fields(head_dim=16),
+    "llama, biases, tied": BIASES | fields(tie_word_embeddings=True, num_key_value_heads=4),
+    "llama, llama3": fields(rope_parameters=LLAMA3),
+    "llama, linear": fields(rope_parameters=LINEAR),
+    "mistral": fields(sliding_window=6, head_dim=16),
+    "mistral, no window": fields(sliding_window=None),
     "qwen2": {},
-    "qwen2, windows": {"use_sliding_window": True, **BY_TURNS},
-    "qwen3": {"head_dim": 16},
-    "qwen3, windows, biases": {
-        "head_dim": 24,
-        "use_sliding_window": True,
-        "attention_bias": True,
-        **BY_TURNS,
-    },
-    "qwen3, yarn": {"head_dim": 16, "rope_parameters": YARN},
-    "smollm3": {"tie_word_embeddings": False},
-    "smollm3, windows": {
-        "use_sliding_window": True,
-        "no_rope_layers": [1, 0, 1, 0],
-        "mlp_bias": True,
-        **BY_TURNS,
-    },
-}
-GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 9, "final_logit_softcapping": 3.0, **BY_TURNS}
-LOCAL_AND_GLOBAL = {
-    "rope_parameters": {
-        "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 99.0},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
-    }
-}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1000.0,
-    "short_factor": [1.0, 1.5, 2.5],
-    "long_factor": [2.0, 3.0, 9.0],
-    "original_max_position_embeddings": 128,
-}
-STRETCHED = {
-    "rope_parameters": {
-        "full_attention": YARN,
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
-    }
-}
-GRANITE = {
-    "embedding_multiplier": 3.0,
-    "attention_multiplier": 0.2,
-    "residual_multiplier": 0.7,
-    "logits_scaling": 5.0,
-    "attention_bias": True,
-    "mlp_bias": True,
-}
-EXPERTS = {"num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 3}
-QWEN_MOE = EXPERTS | {
-    "head_dim": 16,
-    "moe_intermediate_size": 32,
-    "norm_topk_prob": True,
-    "mlp_only_layers": [1],
-}
-SHARED_EXPERT = QWEN_MOE | {"shared_expert_intermediate_size": 40}
-DELTA_NET = {
-    "head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 12,
-    "layer_types": ["linear_attention", "full_attention"] * 2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5},
-}
-CASES |= {
-    "gemma2": GEMMA | {"attn_logit_softcapping": 2.0},
+    "qwen2, windows": WINDOWS,
+    "qwen3": fields(head_dim=16),
+    "qwen3, windows, biases": WINDOWS | fields(head_dim=24, attention_bias=True),
+    "qwen3, yarn": fields(head_dim=16, rope_parameters=YARN),
+    "smollm3": fields(tie_word_embeddings=False),
+    "smollm3, windows": WINDOWS | fields(no_rope_layers=[1, 0, 1, 0], mlp_bias=True),
+    "gemma2": GEMMA | fields(attn_logit_softcapping=2.0),
     "gemma2, no caps, biases": GEMMA
-    | {
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-        "attention_bias": True,
-        "tie_word_embeddings": False,
-    },
-    "gemma3_text": GEMMA | LOCAL_AND_GLOBAL,
-    "glm": {"head_dim": 16, "attention_bias": True},
-    "glm4": {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True},
+    | UNBOUND
+    | fields(attention_bias=True, tie_word_embeddings=False),
+    "gemma3_text": GEMMA3,
+    "glm": fields(head_dim=16, attention_bias=True),
+    "glm4": fields(head_dim=16, attention_bias=True, tie_word_embeddings=True),
     "granite": GRANITE,
-    "mixtral": {**EXPERTS, "sliding_window": 6, "head_dim": 16},
-    "olmo2": {"attention_bias": True},
+    "mixtral": EXPERTS | fields(sliding_window=6, head_dim=16),
+    "olmo2": fields(attention_bias=True),
     "olmo3": STRETCHED | BY_TURNS,
-    "olmoe": {**EXPERTS, "num_attention_heads": 2},
-    "phi3": {"sliding_window": 6, "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75}},
-    "phi3, plain": {"num_key_value_heads": 4},
-    "qwen3_5_text": DELTA_NET | {"attention_bias": True},
+    "olmoe": EXPERTS | fields(num_attention_heads=2),
+    "phi3": fields(sliding_window=6, rope_parameters=LONGROPE | {"partial_rotary_factor": 0.75}),
+    "phi3, plain": fields(num_key_value_heads=4),
+    "qwen3_5_text": DELTA_NET | fields(attention_bias=True),
     "qwen3_5_moe_text": SHARED_EXPERT | DELTA_NET,
-    "qwen3_next": SHARED_EXPERT | DELTA_NET | {"linear_value_head_dim": 16},
-    "qwen3_moe": QWEN_MOE | {"use_sliding_window": True, "sliding_window": 6},
+    "qwen3_next": SHARED_EXPERT | DELTA_NET | fields(linear_value_head_dim=16),
+    "qwen3_moe": QWEN_MOE | fields(use_sliding_window=True, sliding_window=6),
 }
+WIDE = fields(head_dim=32, linear_value_head_dim=16)
 COMPILED = {
-    "llama, compiled": {"head_dim": 32},
-    "qwen3, compiled": {"head_dim": 64, "use_sliding_window": True, **BY_TURNS},
-    "smollm3, compiled": {"head_dim": 32, "no_rope_layers": [1, 0, 1, 0]},
-    "mistral, compiled": {"head_dim": 32, "sliding_window": 6},
-    "gemma2, compiled": GEMMA | {"head_dim": 64, "attn_logit_softcapping": 2.0, "vocab_size": 48},
-    "gemma3_text, compiled": GEMMA | LOCAL_AND_GLOBAL | {"head_dim": 32, "vocab_size": 48},
-    "glm4, compiled": {"head_dim": 64, "attention_bias": True},
-    "granite, compiled": GRANITE | {"head_dim": 32},
-    "olmo3, compiled": STRETCHED | BY_TURNS | {"head_dim": 32},
-    "phi3, compiled": {"head_dim": 32},
-    "qwen3_5_text, compiled": DELTA_NET
-    | {"head_dim": 32, "linear_conv_kernel_dim": 3, "linear_value_head_dim": 16},
+    "llama, compiled": fields(head_dim=32),
+    "qwen3, compiled": WINDOWS | fields(head_dim=64),
+    "smollm3, compiled": fields(head_dim=32, no_rope_layers=[1, 0, 1, 0]),
+    "mistral, compiled": fields(head_dim=32, sliding_window=6),
+    "gemma2, compiled": GEMMA | fields(head_dim=64, attn_logit_softcapping=2.0, vocab_size=48),
+    "gemma3_text, compiled": GEMMA3 | fields(head_dim=32, vocab_size=48),
+    "glm4, compiled": fields(head_dim=64, attention_bias=True),
+    "granite, compiled": GRANITE | fields(head_dim=32),
+    "olmo3, compiled": STRETCHED | BY_TURNS | fields(head_dim=32),
+    "phi3, compiled": fields(head_dim=32),
+    "qwen3_5_text, compiled": DELTA_NET | WIDE | fields(linear_conv_kernel_dim=3),
     "qwen3_next, compiled": SHARED_EXPERT
     | DELTA_NET
-    | {"head_dim": 32, "linear_value_head_dim": 16, "shared_expert_intermediate_size": 48},
-    "qwen3_moe, compiled": QWEN_MOE | {"head_dim": 32},
+    | WIDE
+    | fields(shared_expert_intermediate_size=48),
+    "qwen3_moe, compiled": QWEN_MOE | fields(head_dim=32),
 }
 """Models whose sizes fit the compiled functions of layers."""
 CASES |= COMPILED
@@ -306,8 +267,8 @@ def test_operations_of_a_gpu_give_the_logits_of_transformers(tmp_path, monkeypat
     assert isinstance(backend.target, GpuTarget)
     assert backend.device_report().facts["layers of the target"] == "treeflash"
     if prompts == "kernel" and backend.target.softcap is None:
-        monkeypatch.setattr(row_pass, "MAX_CHUNK", 2)
-        monkeypatch.setattr(operations_of_a_gpu, "MAX_ROWS", 2)
+        stand_in(monkeypatch, row_pass, MAX_CHUNK=2)
+        stand_in(monkeypatch, operations_of_a_gpu, MAX_ROWS=2)
         backend.target.prompt_attention = causal_attention
     found = differences(backend, model)
     assert max(found.values()) <= TOLERANCE, found
@@ -369,8 +330,7 @@ def in_files(folder, fault):
         save_file(tensors | found, folder / "model.safetensors", {"format": "pt"})
 
 
-GLOBAL = LOCAL_AND_GLOBAL["rope_parameters"]["full_attention"]
-ONE_ROPE = {"full_attention": GLOBAL, "sliding_attention": GLOBAL}
+ONE_ROPE = dict.fromkeys(LOCAL_AND_GLOBAL, LINEAR)
 WHOLE_HEADS = LONGROPE | {"short_factor": [1.0, 1.5, 2.5, 3.5], "long_factor": [2.0, 3.0, 9.0, 9.0]}
 FAULTS = {
     "swapped halves": ("llama", turned_the_other_way),
@@ -469,27 +429,12 @@ def test_exact_mode_is_granted_and_drafts_change_no_text(tmp_path, name, dtype):
     [
         ("gemma", {}, "no layers of its own for gemma models"),
         ("olmoe", {"clip_qkv": 5.0}, "its queries and keys are clipped"),
-        (
-            "phi3",
-            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.4}},
-            "rotated in part",
-        ),
+        ("phi3", {"rope_parameters": rope("default", partial_rotary_factor=0.4)}, "in part"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "its tokens see later ones"),
         ("llama", {"hidden_act": "gelu"}, "its activation is gelu"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "a text's length"),
+        ("llama", {"rope_parameters": rope("dynamic", factor=2.0)}, "a text's length"),
         ("llama", {"num_key_value_heads": 3}, "cannot share its keys evenly"),
-        (
-            "llama",
-            {
-                "rope_parameters": {
-                    "rope_type": "linear",
-                    "factor": 2.0,
-                    "rope_theta": 99.0,
-                    "partial_rotary_factor": 0.5,
-                }
-            },
-            "rotated in part",
-        ),
+        ("llama", {"rope_parameters": LINEAR | {"partial_rotary_factor": 0.5}}, "rotated in part"),
         ("qwen2", {"layer_types": BY_TURNS["layer_types"]}, "its windows have no size"),
         ("qwen3", {"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
     ],
@@ -521,8 +466,8 @@ def test_what_keeps_the_model_of_transformers(
     write_target(tmp_path, family, seed=1)
     options = {"pack": True, "processes": 1} | options
     lacking = Operations(reasons={options.pop("lacks", None): "ptxas is missing"})
-    monkeypatch.setattr(target_loading, "load_target_operations", lambda *_: lacking)
-    monkeypatch.setattr(target_loading, "find_spec", lambda name: name == "fla" or None)
+    stand_in(monkeypatch, target_loading, load_target_operations=lambda *_: lacking)
+    stand_in(monkeypatch, target_loading, find_spec=lambda name: name == "fla" or None)
     config, on_gpu = read_model_config(tmp_path), torch.device("cuda")
     found = own_layers(tmp_path, config, LoadConfig(**settings), on_gpu, None, **options)
     assert str(found).startswith(reason)
@@ -729,8 +674,8 @@ def test_faults_of_layers_in_one_call_are_noticed(tmp_path, with_parts, monkeypa
     backend, expected = with_parts
     target = backend.target
     broken = faulty(layer_calls, tmp_path, *CALL_FAULTS[fault])
-    monkeypatch.setattr(decoder_calls, "products_of", broken.products_of)
+    stand_in(monkeypatch, decoder_calls, products_of=broken.products_of)
     calls = broken.LayerCalls(decoder_calls.decoder_stack(target.model), target.kernels)
-    monkeypatch.setattr(target, "calls", calls)
+    stand_in(monkeypatch, target, calls=calls)
     equal = all(map(torch.equal, outputs_of(backend), expected))
     assert equal == (fault == "none")

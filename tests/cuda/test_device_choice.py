@@ -1,15 +1,26 @@
-"""The device that the PyTorch backend chooses, and what it sets up on a GPU before it is used."""
+"""The device that the PyTorch backend chooses, what it sets up on a GPU, and the backend `cpu`.
+
+The backend `cpu` is the backend `cuda` with the device cpu, under a name of its own.
+"""
 
 import os
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+from byte_tokens import save_tokenizer
 from stand_ins import stand_in
 
+import treeflash
+from treeflash import command
 from treeflash.config import LoadConfig
+from treeflash.decoding.verify_costs import cost_file
 from treeflash.errors import BackendError, CPUBuildError
+from treeflash.hub.identity import pair_identity
 from treeflash.testing import require
 from treeflash.testing.models import edit_config, write_pair
+from treeflash.training.config import TrainConfig
+from treeflash.training.interfaces import trainer
 
 require("torch")
 
@@ -23,6 +34,7 @@ from treeflash_cuda.device import (
     device_facts,
     join_free_memory,
 )
+from treeflash_cuda.training import entry
 
 pytestmark = pytest.mark.sample(1)
 
@@ -179,7 +191,7 @@ def test_a_gpu_without_bfloat16_runs_float16(cuda, tmp_path, capability):
 @pytest.mark.parametrize("rounds", [False, True])
 def test_products_of_float32_numbers_are_not_tf32(cuda, folders, monkeypatch, rounds):
     """As in NVIDIA's containers, where a variable turns TF32 on."""
-    monkeypatch.setattr(torch.Tensor, "__float__", lambda x: 2.0**-12 if rounds else 0.0)
+    stand_in(monkeypatch, torch.Tensor, __float__=lambda x: 2.0**-12 if rounds else 0.0)
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
@@ -205,7 +217,7 @@ def test_a_gpu_is_prepared_before_anything_uses_it(cuda, folders, monkeypatch):
         seen.append(os.environ.get("NCCL_GRAPH_REGISTER"))
         return {}
 
-    monkeypatch.setattr(target_loading, "device_facts", asked)
+    stand_in(monkeypatch, target_loading, device_facts=asked)
     monkeypatch.delenv("NCCL_GRAPH_REGISTER", raising=False)
     load(*folders, LoadConfig(dtype="float32"))
     assert seen[0] == "0"
@@ -232,3 +244,61 @@ def test_more_processes_than_devices_are_one_clear_line(monkeypatch, see_gpus):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(BackendError, match=r"there is no cuda:2: this machine has 2 CUDA device"):
         choose_device(None)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    target, drafter = write_pair(tmp_path_factory.mktemp("pair"), "qwen3", vocab_size=300)
+    save_tokenizer(target)
+    return target, drafter
+
+
+def test_both_names_are_one_backend(pair, tmp_path):
+    """What is kept on a disk for one of them serves the other."""
+    named = [{"backend": "cpu"}, {"backend": "cuda", "device": "cpu"}, {"device": "cpu"}]
+    models = [treeflash.load(*pair, **names, dtype="float32") for names in named]
+    backends = [model.backend for model in models]
+    assert [(one.name, one.device) for one in backends] == [("cpu", "cpu")] * 3
+    first, *others = zip(models, backends, strict=True)
+
+    def kept(model, backend):
+        costs = cost_file(backend, "a model", model.loaded, tmp_path)
+        return costs.path, pair_identity(backend, model.loaded, (*pair, None), tmp_path)
+
+    assert all(kept(*other) == kept(*first) for other in others)
+    prompt = [5, 6, 7]
+    texts = [model.generate(prompt, max_tokens=8).token_ids for model in models]
+    assert texts == [texts[0]] * 3
+
+
+@pytest.mark.parametrize("arguments", [["generate", "hi"], ["serve"], ["doctor"]])
+def test_another_device_is_refused_in_one_line(arguments, pair, capsys):
+    target, drafter = map(str, pair)
+    models = ["--target", target, "--drafter", drafter, "--backend", "cpu", "--device", "cuda"]
+    assert command.main([*arguments, *models]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: the cpu backend runs on the CPU alone, not on 'cuda'; remove the device, or use "
+        "the cuda backend"
+    )
+
+
+def test_a_gpu_is_left_alone(see_gpus, pair):
+    """Only its name decides, so that what is not there in a build for CPUs is not asked for."""
+    see_gpus(1)
+    assert treeflash.load(pair[0], False, backend="cpu").backend.device == "cpu"
+
+
+def test_doctor_names_the_backend_of_a_device(capsys):
+    assert command.main(["doctor", "--device-only", "--backend", "cpu"]) == 0
+    assert "backend: cpu, device: " in capsys.readouterr().out
+
+
+def test_training_on_a_cpu_beside_a_gpu(see_gpus, monkeypatch):
+    see_gpus(1)
+    devices = []
+    stand_in(monkeypatch, entry, train=lambda *given: devices.append(given[4].device))
+    for name in ("cpu", "cuda", None):
+        trainer(name).train(Path(), [], Path(), TrainConfig(), LoadConfig())
+    assert devices == ["cpu", None, None]
+    with pytest.raises(BackendError, match="remove the device, or use the cuda backend"):
+        trainer("cpu").train(Path(), [], Path(), TrainConfig(), LoadConfig(device="cuda:1"))

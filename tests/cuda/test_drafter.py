@@ -1,12 +1,15 @@
-"""Numbers of a drafter: its dtypes, its operations, and weights of 4 or 8 bits."""
+"""A drafter: its dtypes, its weights of 4 or 8 bits, and its layers in one call."""
 
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from faulty_kernels import faulty
 from mtp_pairs import write_mtp_pair
 from recordings import recording
+from stand_ins import stand_in
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, decode
@@ -26,7 +29,8 @@ import torch.nn.functional as F
 from torch import nn
 from treeflash_cuda import drafter_operations as parts
 from treeflash_cuda.backend import load
-from treeflash_cuda.cpu import low_bit_loading
+from treeflash_cuda.cpu import drafter_calls, low_bit_loading
+from treeflash_cuda.cpu.drafter_calls import BlockCalls
 from treeflash_cuda.drafter_loading import pack_drafter
 from treeflash_cuda.linear import weights_by_format
 from treeflash_cuda.operations import PYTORCH
@@ -56,17 +60,6 @@ def test_many_features_do_not_wait_for_a_draft(pair):
     assert [len(outputs) for (outputs,) in calls] == [MAX_UNPROJECTED]
 
 
-class Counted:
-    """An operation that counts its calls."""
-
-    def __init__(self, function):
-        self.function, self.calls = function, 0
-
-    def __call__(self, *args):
-        self.calls += 1
-        return self.function(*args)
-
-
 @pytest.mark.parametrize(
     ("make", "name"),
     [
@@ -83,12 +76,17 @@ def test_operations_of_a_gpu_compute_parts_of_a_drafter(make, name):
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.normal_()
     expected = model(x)
-    operation = Counted(getattr(PYTORCH, name))
+    plain, calls = getattr(PYTORCH, name), []
+
+    def operation(*args):
+        calls.append(args)
+        return plain(*args)
+
     model.operations = replace(PYTORCH, **{name: operation})
     target = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
     pack_drafter(model, None, target, None)
     torch.testing.assert_close(model(x), expected)
-    assert operation.calls == 1
+    assert len(calls) == 1
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +130,7 @@ def test_norms_are_compiled_beside_layers_that_are(pair, dtype):
 
 
 def test_an_output_head_of_its_own_that_has_no_whole_groups_stays_as_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(low_bit_loading, "GROUP", 2 * low_bit_loading.GROUP)
+    stand_in(monkeypatch, low_bit_loading, GROUP=2 * low_bit_loading.GROUP)
     backend = load(*write_mtp_pair(tmp_path, "eagle3"), LoadConfig(draft_bits=4, **ON_CPU))
     model = backend.drafter_model
     assert model.own.quantised_lm_head is None
@@ -191,3 +189,123 @@ def test_formats_of_layers_that_libraries_quantise_are_counted_by_their_class():
     model[0].weight = lm_head.weight
     found = weights_by_format([model])
     assert found == {"Packed": 8 * 16 * 4 + 2 * 16 * 2, "float32": (4 + 8) * 16 * 4 + 8 * 4}
+
+
+KINDS = {
+    "everything is seen": {},
+    "causal": {"causal": (True, False)},
+    "windows": {"sliding_windows": (None, 9)},
+    "a window inside blocks": {"sliding_windows": (3, None)},
+    "a causal window": {"sliding_windows": (3, 9), "causal": (True, True)},
+    "a window before the root": {"sliding_windows": (4, None), "window_from_root": True},
+}
+TOLERANCE = 0.03
+"""Share of the largest output: activations are rounded to 8 bits, which turns a difference of
+rounding into a larger one."""
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory):
+    folders = write_pair(tmp_path_factory.mktemp("pair"), "qwen3", vocab_size=40, hidden_size=128)
+    return load(*folders, LoadConfig(device="cpu", dtype="float32", draft_bits=8))
+
+
+def drafts_of(backend):
+    """Outputs of blocks, and keys and values: with new positions, without, and of two sequences."""
+    rng = np.random.default_rng(5)
+    found = []
+    with ExitStack() as stack:
+        sessions = [SequenceSession(backend, drafts=True) for _ in range(2)]
+        for session, length in zip(sessions, (17, 2), strict=True):
+            stack.enter_context(closing(session.state))
+            session.extend(rng.integers(0, 39, length).tolist())
+        first, second = (session.state for session in sessions)
+        for batch in ([(first, 3)], [(first, 4)], [(second, 5), (first, 6)], [(second, 7)]):
+            found += [block.slots for block in backend.drafter.draft(batch)]
+            sessions[0].extend(rng.integers(0, 39, 3).tolist())
+        found += [torch.from_numpy(state.drafter.read()) for state in (first, second)]
+    return found
+
+
+@contextmanager
+def drafting(backend, kind, calls=lambda model, dtype: None):
+    """Let layers of a kind run as these calls; without them as modules."""
+    model = backend.drafter_model
+    before = model.config, model.calls
+    model.config = replace(model.config, **KINDS[kind])
+    model.calls = calls(model, torch.float32)
+    try:
+        yield
+    finally:
+        model.config, model.calls = before
+
+
+def near(actual, expected):
+    assert len(actual) == len(expected)
+    pairs = zip(actual, expected, strict=True)
+    return all((x - y).abs().max() <= TOLERANCE * y.abs().max() for x, y in pairs)
+
+
+@pytest.fixture(scope="module")
+def expected(backend):
+    """What modules give for each kind of layers."""
+    found = {}
+    for kind in KINDS:
+        with drafting(backend, kind):
+            found[kind] = drafts_of(backend)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_give_what_modules_give(backend, expected, kind):
+    with drafting(backend, kind, BlockCalls.of), recording(BlockCalls, "run") as runs:
+        assert near(drafts_of(backend), expected[kind])
+    assert len(runs) == 4
+
+
+FAULTS = {
+    "none": ("ROPE = 0", "ROPE = 0"),
+    "the context's rotation for blocks": ("positions.roll(-len(context))", "positions"),
+    "rotation to the other side": ("].neg_()", "].abs_()"),
+    "no context": ("of_context=x.layer in of_context", "of_context=False"),
+    "queries of the context alone": (
+        "= attention.k_proj, attention.v_proj",
+        "= (attention.q_proj,)",
+    ),
+    "the context behind the block": ("(cache, cache.length, start", "(cache, start, start"),
+    "slots that see up to themselves": ("slots if is_causal else lasts", "slots"),
+    "slots that see all slots": ("slots if is_causal else lasts", "lasts"),
+    "a window that is too wide": ("slots - window + 1", "slots - window"),
+    "a window that is too narrow behind": ("np.minimum(slots + window - 1", "np.minimum(slots"),
+    "a window from each slot": ("firsts = roots - window", "firsts = slots - window"),
+    "no residual": ("return y + residual", "return y"),
+    "norms of keys for queries": ("attention.q_norm.weight, ", "attention.k_norm.weight, "),
+    "the other norm": ("layer.input_layernorm", "layer.post_attention_layernorm"),
+    "factors for gates": (
+        "network.gate_proj, network.up_proj",
+        "network.up_proj, network.gate_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_noticed(tmp_path, backend, expected, fault):
+    broken = faulty(drafter_calls, tmp_path, *FAULTS[fault])
+
+    def is_right(kind):
+        with drafting(backend, kind, broken.BlockCalls.of):
+            return near(drafts_of(backend), expected[kind])
+
+    assert all(map(is_right, KINDS)) == (fault == "none")
+
+
+def test_modules_run_where_blocks_do_not_see_some_positions(backend, monkeypatch):
+    """The last draft's sequence is too short for a gap between its first positions and a window."""
+    stand_in(monkeypatch, backend.drafter, window=4)
+    with recording(BlockCalls, "run") as runs:
+        drafts_of(backend)
+    assert len(runs) == 1
+
+
+def test_modules_run_in_other_dtypes(backend):
+    assert BlockCalls.of(backend.drafter_model, torch.bfloat16) is None

@@ -1,9 +1,13 @@
-"""Exact mode: a sequence's logits are bitwise equal whatever is computed together with them."""
+"""Exact mode: a sequence's logits are bitwise equal whatever is computed together with them.
 
-import json
+And the dtype of models on a CPU where the user names none, which depends on exact mode.
+"""
+
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -18,9 +22,9 @@ from treeflash.decoding import probe
 from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.errors import ConfigError, UnsupportedModelError
+from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.testing import require
-from treeflash.testing.models import write_target
+from treeflash.testing.models import edit_config, write_target
 
 require("torch")
 
@@ -30,7 +34,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from treeflash_cuda import exact, exact_attention, linear, target_loading
 from treeflash_cuda.backend import CudaBackend, load
-from treeflash_cuda.cpu import decoder_attention, decoder_target
+from treeflash_cuda.cpu import decoder_attention, decoder_target, default_dtype
 from treeflash_cuda.operations import Operations
 
 VOCAB_SIZE = 24
@@ -47,8 +51,7 @@ def load_exact(folder, dtype="bfloat16", **settings):
 
 def write(folder, family="llama", **settings):
     write_target(folder, family, seed=1, vocab_size=VOCAB_SIZE)
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    edit_config(folder, lambda config: config.update(settings))
     return folder
 
 
@@ -188,7 +191,7 @@ def test_a_target_whose_products_of_many_rows_differ_is_exact(tmp_path, monkeypa
         def forward(self, x, original=layer.forward):
             return original(self, x) * (1 + 2.0**-6 * (x.shape[-2] > 32))
 
-        monkeypatch.setattr(layer, "forward", forward)
+        stand_in(monkeypatch, layer, forward=forward)
     backend = load_exact(write(tmp_path))
     rng = np.random.default_rng(0)
     assert_nodes_equal_single_tokens(backend, 100, tree_of(rng, 64, 3), rng)
@@ -215,7 +218,7 @@ def test_attention_that_sums_by_column_fails_the_check(tmp_path, monkeypatch):
         sizes = [middle, len(columns) - middle]
         return exact_attention.Rows(0, len(block), place, visible, [], sizes)
 
-    monkeypatch.setattr(exact_attention, "_tree_rows", by_column)
+    stand_in(monkeypatch, exact_attention, _tree_rows=by_column)
     with pytest.raises(UnsupportedModelError, match="attention over a draft tree or a prompt"):
         load_exact(write(tmp_path))
 
@@ -251,7 +254,7 @@ def test_one_token_has_one_column_and_the_rows_that_its_products_need(
     tmp_path, monkeypatch, dtype, cache_nbytes, count
 ):
     """More of them in a model that is larger than caches."""
-    monkeypatch.setattr(exact, "CACHE_NBYTES", cache_nbytes)
+    stand_in(monkeypatch, exact, CACHE_NBYTES=cache_nbytes)
     backend = load_exact(write(tmp_path), dtype)  # compares them with trees and prompts
     rows = []
     backend.target.layers[0].register_forward_hook(lambda _, args, __: rows.append(args[0]))
@@ -337,7 +340,7 @@ def test_a_rotation_of_prompts_that_differs_from_that_of_trees_is_found(tmp_path
         is_prompt = self.blocks[0].ancestors is None
         plain(self, layer, keys * 1.01 if is_prompt else keys, values)
 
-    monkeypatch.setattr(decoder_attention.RowStore, "store", store)
+    stand_in(monkeypatch, decoder_attention.RowStore, store=store)
     with pytest.raises(UnsupportedModelError, match="a prompt in the place of sampled tokens"):
         load_exact(write(tmp_path))
 
@@ -356,19 +359,122 @@ def test_what_has_no_exact_mode_is_refused_by_name(tmp_path, family, settings, m
         load_exact(write(tmp_path, family, hidden_act="gelu"), **settings)
 
 
+@pytest.fixture
+def loaded(monkeypatch):
+    """References to all targets whose weights were read."""
+    found, read = [], target_loading.read_target
+
+    def remember(*args, **kwargs):
+        gc.collect()
+        assert not any(reference() for reference in found), "two targets are in memory"
+        target = read(*args, **kwargs)
+        found.append(weakref.ref(target))
+        return target
+
+    stand_in(monkeypatch, target_loading, read_target=remember)
+    return found
+
+
+def load_on_cpu(folder, **settings):
+    return load(folder, None, LoadConfig(device="cpu", **settings))
+
+
 @pytest.mark.parametrize(
-    ("settings", "is_exact"),
+    ("stored", "settings", "dtype", "is_exact"),
     [
-        ({"dtype": "bfloat16"}, True),
-        ({"dtype": "float16"}, True),
-        ({"dtype": "float32"}, False),
-        ({"dtype": "bfloat16", "exact": False}, False),
-        ({"dtype": "bfloat16", "kv_bits": 8}, False),
+        ("bfloat16", {}, "bfloat16", True),
+        ("float16", {}, "float16", True),
+        ("float32", {}, "float32", False),
+        ("bfloat16", {"exact": False}, "float32", False),
+        ("bfloat16", {"kv_bits": 8}, "float32", False),
+        ("float32", {"dtype": "bfloat16"}, "bfloat16", True),
+        ("float32", {"dtype": "float16"}, "float16", True),
+        ("bfloat16", {"dtype": "float32"}, "float32", False),
+        ("bfloat16", {"dtype": "bfloat16", "exact": False}, "bfloat16", False),
+        ("bfloat16", {"dtype": "bfloat16", "kv_bits": 8}, "bfloat16", False),
     ],
 )
-def test_exact_mode_is_the_default_in_half_precision(tmp_path, settings, is_exact):
-    backend = load(write(tmp_path), None, LoadConfig(device="cpu", **settings))
+def test_half_precision_stays_where_it_is_exact(
+    tmp_path, recwarn, loaded, stored, settings, dtype, is_exact
+):
+    """A dtype that is named stays, too; exact mode is the default in half precision."""
+    backend = load_on_cpu(write(tmp_path, dtype=stored), **settings)
+    assert backend.dtype == dtype
     assert backend.target.is_exact == (backend.inexact is None) == is_exact
+    assert dtype != "float32" or "float32 rounding" in backend.inexact
+    assert len(loaded) == 1
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_processor_without_products_in_half_precision_takes_float32(
+    tmp_path, monkeypatch, recwarn, dtype
+):
+    without = dict.fromkeys(("uses_onednn", "uses_fbgemm"), lambda _: False)
+    stand_in(monkeypatch, default_dtype, **without)
+    assert load_on_cpu(write(tmp_path, dtype=dtype)).dtype == "float32"
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "reason"),
+    [
+        ("qwen3_moe", {"hidden_act": "gelu"}, "does not support the products of"),
+        ("qwen3_5", {}, "does not support recurrent layers"),
+        (
+            "llama",
+            {"attn_logit_softcapping": 30.0, "hidden_act": "gelu"},
+            "does not support soft-capped scores",
+        ),
+    ],
+)
+def test_a_target_that_is_known_to_be_inexact_is_read_once(
+    tmp_path, loaded, family, settings, reason
+):
+    folder = write(tmp_path, family, dtype="bfloat16", **settings)
+    with pytest.warns(UserWarning, match=f"running in float32, because .*{reason}") as lines:
+        backend = load_on_cpu(folder)
+    assert backend.dtype == "float32"
+    assert (len(loaded), len(lines)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "place", [(decoder_target, "check_attention"), (CudaBackend, "check_exact")]
+)
+def test_a_machine_that_is_inexact_takes_float32_with_one_line(
+    tmp_path, monkeypatch, loaded, place
+):
+    """The weights in half precision are freed before the others are read."""
+
+    def refuse(*_):
+        raise UnsupportedModelError("exact mode is not possible for this target: a test")
+
+    stand_in(monkeypatch, place[0], **{place[1]: refuse})
+    with pytest.warns(UserWarning, match="running in float32, because .*: a test$") as lines:
+        backend = load_on_cpu(write(tmp_path, dtype="bfloat16"))
+    assert (backend.dtype, len(loaded), len(lines)) == ("float32", 2, 1)
+
+
+def test_exact_mode_that_half_precision_refuses_is_tried_in_float32(tmp_path, monkeypatch):
+    check, tried = exact.check_gates, []
+
+    def only_float32(gated, size, dtype):
+        tried.append(dtype.itemsize)
+        if dtype.itemsize == 2:
+            raise UnsupportedModelError("a test")
+        check(gated, size, dtype)
+
+    stand_in(monkeypatch, decoder_target, check_gates=only_float32)
+    with pytest.warns(UserWarning, match="running in float32"):
+        backend = load_on_cpu(write(tmp_path, dtype="bfloat16"), exact=True)
+    assert (backend.dtype, backend.inexact, tried) == ("float32", None, [2, 4])
+
+
+def test_another_error_is_no_reason_to_load_again(tmp_path, loaded):
+    folder = write(tmp_path / "target", dtype="bfloat16")
+    with pytest.raises(CheckpointError):
+        load(folder, tmp_path / "missing", LoadConfig(device="cpu"))
+    assert len(loaded) == 1
 
 
 @pytest.mark.parametrize(

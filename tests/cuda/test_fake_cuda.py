@@ -1,4 +1,7 @@
-"""The backend on CUDA devices that hold no values: devices, dtypes, layouts and captures."""
+"""The backend on CUDA devices that hold no values: devices, dtypes, layouts and captures.
+
+What an iteration costs there is counted: graphs, allocations, and operations.
+"""
 
 import functools
 from contextlib import nullcontext
@@ -8,6 +11,7 @@ from itertools import product
 import numpy as np
 import pytest
 from mtp_pairs import write_mtp_pair, write_peagle_pair
+from stand_ins import stand_in
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, decode
@@ -17,7 +21,7 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.testing import HYBRID_FAMILIES, require
-from treeflash.testing.models import save, write_dialect, write_drafter, write_target
+from treeflash.testing.models import save, write_dialect, write_drafter, write_pair, write_target
 from treeflash.testing.pairs import each_value
 from treeflash.testing.trees import noise_of_depths
 
@@ -30,7 +34,9 @@ from fake_cuda import DEVICE, SECOND
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from treeflash_cuda.attention import grouped_attention
 from treeflash_cuda.backend import load
+from treeflash_cuda.cache import SCALE_BYTES
 from treeflash_cuda.gpu import kernels
+from treeflash_cuda.gpu.row_pass import MAX_CHUNK
 
 pytestmark = [
     pytest.mark.filterwarnings("error::UserWarning:treeflash_cuda"),
@@ -227,8 +233,8 @@ def test_layers_on_two_devices(cuda, folders, family, dtype, bits):
 @pytest.mark.parametrize(("family", "dtype"), each_value(["qwen3", "mistral"], DTYPES))
 def test_nothing_builds_a_plan_for_each_length(cuda, folders, monkeypatch, family, dtype):
     """As cuDNN does, which `scaled_dot_product_attention` prefers on some GPUs."""
-    monkeypatch.setattr(kernels, "flash_attention", lambda *_: 1 / 0)  # prompts do without it
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: 1 / 0)
+    stand_in(monkeypatch, kernels, flash_attention=lambda *_: 1 / 0)  # prompts do without it
+    stand_in(monkeypatch, F, scaled_dot_product_attention=lambda *_, **__: 1 / 0)
     slow = pytest.warns(UserWarning, match="^prompts will be slow: division by zero$")
     with nullcontext() if dtype == "float32" else slow:
         backend = load(*folders[family], LoadConfig(dtype=dtype))
@@ -244,7 +250,7 @@ def test_nothing_builds_a_plan_for_each_length(cuda, folders, monkeypatch, famil
 
 def test_blocks_that_see_everything_build_no_plan(cuda, monkeypatch):
     """A drafter may have such layers beside others with windows."""
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: 1 / 0)
+    stand_in(monkeypatch, F, scaled_dot_product_attention=lambda *_, **__: 1 / 0)
     q, k = (torch.empty(1, heads, 3, 8, device=DEVICE) for heads in (4, 2))
     assert grouped_attention(q, [(k, k)], [None], [3], 1.0).shape == (1, 3, 4, 8)
 
@@ -258,7 +264,7 @@ def test_flash_attention_is_asked_for_by_an_argument_that_cudnn_lacks(cuda, fold
         found.append(options.get("num_splits"))
         return plain(*args, **options)
 
-    monkeypatch.setattr(varlen, "varlen_attn", record)
+    stand_in(monkeypatch, varlen, varlen_attn=record)
     backend = load(*folders["qwen3"], LoadConfig(dtype="bfloat16"))
     loaded = len(found)
     # Longer than what runs as rows of the pass of trees.
@@ -442,3 +448,108 @@ def test_transfers_of_choices_with_edits_masks_and_log_probs(cuda, backend):
 def check_context(text, positions):
     (context,) = [torch.cat(text.state.context)]
     assert (context.device, context.shape) == (DEVICE, (positions, 32))
+
+
+VOCAB = 1000
+MAX_LAUNCHES = {"layer": 9, "commit": 7, "draft": 52, "head": 58}
+"""Operations of a layer of the target, of a commit, of a draft, and of a head."""
+MAX_HYBRID_LAUNCHES = {
+    "qwen3_5": {"layer": 12, "commit": 12, "verify": 143},
+    "granitemoehybrid": {"layer": 41, "commit": 12, "verify": 272},
+}
+"""The layer is one with attention; the targets have four layers, the second one transformers'."""
+
+
+@pytest.fixture
+def launches(module):
+    return module("launches")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    return write_pair(folder, "qwen3", vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("sequences", [8, 32])
+def test_all_sequences_lie_in_one_allocation(cuda, pair, sequences):
+    cuda.free_bytes = 80 << 30
+    backend = load(*pair, LoadConfig(dtype="bfloat16"))
+    arenas = backend.target.arena, backend.drafter_arena
+    for arena in arenas:
+        arena.slab_nbytes = 1 << 16  # the pair is tiny
+    states = [backend.open(2000, drafts=True) for _ in range(sequences)]
+    backend.verifier.run([Prefill(state, [3, 4, 5], None) for state in states])
+    backend.drafter.draft([(state, 1) for state in states])
+    assert [len(arena.slabs) for arena in arenas] == [1, 1]
+
+
+@pytest.mark.parametrize("sequences", [1, 8])
+def test_operations_of_an_iteration(cuda, launches, pair, sequences):
+    """They do not depend on the number of sequences."""
+    backend = load(*pair, LoadConfig(dtype="bfloat16"))
+    found, _ = launches.count_operations(cuda, backend, sequences)
+    for part, limit in MAX_LAUNCHES.items():
+        assert 0 < found[part].operations <= limit, found
+    assert {part: cost.syncs for part, cost in found.items() if cost.syncs} == {
+        "verify": 1,
+        "head": 1,
+    }
+
+
+# The other tests count with the same functions.
+@pytest.mark.nightly
+def test_the_command_counts_operations_and_bytes(cuda, launches):
+    """The bytes of a pass are at least the weights' bytes, and grow with the context."""
+    backend, found = launches.load_without_weights(launches.SHAPES["tiny"], "treeflash"), []
+    for settings in ("--sequences 1,8 --context 16", "--sequences 8 --context 64"):
+        args = launches.parser().parse_args(["--nodes", "8", *settings.split()])
+        rows = launches.rows(cuda, backend, args)
+        found.append({(row["sequences"], row["part"]): row for row in rows})
+    one, eight = (found[0][n, "iteration"] for n in (1, 8))
+    assert eight["operations"] < one["operations"] + 10
+    assert one["slabs"] == eight["slabs"] == 2
+    weights = 2 * (4 * 64 * (64 * 4 + 3 * 128) + 64 * 2048)
+    for part in ("verify", "layer"):
+        sizes = [rows[8, part]["megabytes"] for rows in found]
+        assert sizes[0] < sizes[1], part
+        assert found[0][1, part]["megabytes"] < sizes[0], part
+    assert found[0][1, "verify"]["megabytes"] > weights / 1e6
+    assert 4 <= launches.count_graphs(backend, 40) <= 20
+
+
+# Three seconds; `test_hybrid_trees.py` shows that sequences run together.
+@pytest.mark.nightly
+@pytest.mark.parametrize("sequences", [1, 8])
+@pytest.mark.parametrize("family", HYBRID_FAMILIES)
+def test_operations_of_a_hybrid_target(cuda, launches, tmp_path, family, sequences):
+    """They hardly depend on the number of sequences."""
+    backend = load(*write_pair(tmp_path, family, vocab_size=VOCAB), LoadConfig(dtype="bfloat16"))
+    found, _ = launches.count_operations(cuda, backend, sequences)
+    for part, limit in MAX_HYBRID_LAUNCHES[family].items():
+        assert 0 < found[part].operations <= limit, found
+
+
+# Three seconds, for speed alone.
+@pytest.mark.nightly
+@pytest.mark.parametrize("window", [None, 100])
+def test_keys_in_8_bits_are_converted_for_long_prompts_alone(cuda, tmp_path, window):
+    """Short prompts, trees, drafts and commits read and write the 8 bits as they are."""
+    family, settings = ("mistral", {"sliding_window": window}) if window else ("qwen3", {})
+    backend = load(
+        *write_pair(tmp_path, family, vocab_size=VOCAB, **settings),
+        LoadConfig(dtype="bfloat16", kv_bits=8),
+    )
+    state = backend.open(2000, drafts=True)
+    shape = np.array(backend.target.arena.like.shape)
+    column = 2 * len(backend.target.layers) * shape[1] * (shape[3] - SCALE_BYTES)
+    for tokens in (700, 300, MAX_CHUNK, 1):
+        before, first = cuda.converted, state.length
+        backend.verifier.run([Prefill(state, [3] * tokens, None)])
+        seen = state.length - (max(first + 1 - window, 0) if window else 0)
+        assert cuda.converted - before == (seen * column if tokens > MAX_CHUNK else 0)
+    before = cuda.converted
+    backend.drafter.draft([(state, 1)])
+    verified = backend.verifier.run([Verify(state, tree(), SamplingParams())])
+    backend.verifier.commit(verified, [(state, np.array([0, 2], np.int32))])
+    assert cuda.converted == before

@@ -8,19 +8,16 @@ import pytest
 import torch
 import transformers
 import treeflash_cuda.backend as loading
-import treeflash_cuda.images as cuda_images
 from engines import cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_models import CONFIGS, IMAGE, VISION, RandomProcessor, picture, random_model
+from image_models import CONFIGS, IMAGE, RandomProcessor, picture, random_model
 from image_processors import PROCESSORS
 from parts import load_with_parts
 from PIL import Image as Picture
+from stand_ins import stand_in
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     Glm4vConfig,
-    LlavaConfig,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
     Qwen3_5Config,
@@ -36,7 +33,7 @@ from treeflash_cuda.images import read_processor
 from vision import TOKENS, Vision
 
 from treeflash.config import DecodeConfig, LoadConfig
-from treeflash.decoding import Request, Scheduler, decode, families
+from treeflash.decoding import Request, Scheduler, families
 from treeflash.decoding.families import FAMILIES, Family, ImageFamily
 from treeflash.decoding.image_processor import TOKEN_TYPES, Processor, load_processor
 from treeflash.decoding.images import rotary_positions
@@ -44,10 +41,7 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_config
 from treeflash.errors import ConfigError, PromptError
-from treeflash.hub.models import resolve_drafter
-from treeflash.testing.comparisons import tokens_of
 from treeflash.testing.pairs import EXAMPLES, repeated
-from treeflash.text.tokenizer import Tokenizer
 from treeflash.transformers import enable, generate
 
 FEW = "qwen3_vl", "qwen3_5", "gemma3"
@@ -111,7 +105,7 @@ def test_text_after_images_with_weights_of_few_bits(bits, tmp_path):
 def test_exact_mode_on_a_gpu_refuses_images_that_need_a_mask(tmp_path, monkeypatch):
     vision = Vision(cuda, "gemma3", tmp_path, load=partial(load_with_parts, monkeypatch))
     target = vision.backend.target
-    monkeypatch.setattr(loading.CudaBackend, "check_exact", lambda _: None)
+    stand_in(monkeypatch, loading.CudaBackend, check_exact=lambda _: None)
     target.is_exact = True
     with pytest.warns(match="the target takes no images"):
         backend = loading.add_drafter(target, None, LoadConfig(device="cpu", dtype="float32"))
@@ -173,7 +167,7 @@ def test_images_of_unknown_models_of_transformers_are_refused(monkeypatch, known
     """Unknown are types without a record, and ones that another backend alone runs."""
     model = random_model("qwen3_vl")
     made = RandomProcessor("qwen3_vl")(["ab<image>cd"], [Picture.fromarray(picture(1))])
-    monkeypatch.setattr(families, "FAMILIES", known)
+    stand_in(monkeypatch, families, FAMILIES=known)
     with pytest.raises(ConfigError, match="does not support images of this model type"):
         model.generate(
             **{name: torch.from_numpy(x) for name, x in made.items()},
@@ -234,9 +228,8 @@ def test_text_is_that_of_generate_with_the_processors_inputs(folder):
             **inputs, do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0
         )
     ids, images = backend.images.encode(text, PICTURES)
-    request = Request(
-        prompt_ids=ids, images=images, config=DecodeConfig(method="suffix", max_tokens=12)
-    )
+    config = DecodeConfig(method="suffix", budget=8, max_tokens=12)
+    request = Request(prompt_ids=ids, images=images, config=config)
     tokens = [token for _, step in Scheduler(backend).decode([request]) for token in step.tokens]
     assert tokens == made[0, len(ids) :].tolist()
 
@@ -291,67 +284,3 @@ def test_positions_are_those_of_transformers(model, images, end):
     actual = rotary_positions(is_feature, grids, merge)
     assert (actual == expected[:, 0].numpy()).all()
     assert actual.max() + 1 - len(is_feature) == deltas.item()
-
-
-PLACEHOLDER = 4  # a token that texts do not have
-QUESTION = "Explain what an API is to a child."
-
-
-class TextProcessor(RandomProcessor):
-    """Encodes text by the default target's tokenizer."""
-
-    def __init__(self, tokenizer):
-        super().__init__("llava")
-        self._text = tokenizer
-
-    def __call__(self, text, images, **_):
-        arrays, tokens = self.inputs(np.asarray(images[0]))
-        before, after = (self._text.encode(part) for part in text[0].split(self.image_token))
-        return {"input_ids": np.array([[*before, *[PLACEHOLDER] * len(tokens), *after]]), **arrays}
-
-
-@pytest.fixture(scope="module")
-def llava(smollm2, tmp_path_factory):
-    """A LLaVA checkpoint whose tower is random, with features as large as embeddings."""
-    transformers.logging.set_verbosity_error()
-    folder = tmp_path_factory.mktemp("llava")
-    config = LlavaConfig(
-        text_config=AutoConfig.from_pretrained(smollm2),
-        vision_config=VISION
-        | {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8},
-        image_token_index=PLACEHOLDER,
-        vision_feature_select_strategy="full",
-    )
-    torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    text = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
-    model.get_decoder().load_state_dict(text.get_decoder().state_dict())
-    model.lm_head.load_state_dict(text.lm_head.state_dict())
-    pixels = torch.randn(1, 3, 32, 32, dtype=torch.bfloat16)
-    features = model.get_image_features(pixels, return_dict=True).pooler_output[0]
-    scale = model.get_input_embeddings().weight.std() / features.std()
-    model.model.multi_modal_projector.linear_2.weight.data *= scale
-    model.model.multi_modal_projector.linear_2.bias.data *= scale
-    model.save_pretrained(folder)
-    return folder
-
-
-# The default target. Tiny pairs draft after images in `tests/engines/test_images.py`.
-@pytest.mark.nightly
-def test_the_bundled_drafter_beats_plain_decoding_after_an_image(llava, smollm2, monkeypatch):
-    tokenizer = Tokenizer.from_folder(smollm2)
-    monkeypatch.setattr(cuda_images, "read_processor", lambda _: TextProcessor(tokenizer))
-    drafter = resolve_drafter(None, None)
-    backend = load(llava, drafter, LoadConfig(device="cpu", dtype="float32"))
-    assert not isinstance(backend.images, str), backend.images
-    message = f"{backend.images.placeholder}{QUESTION}"
-    text = f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
-    ids, images = backend.images.encode(text, [picture(1)])
-
-    def run(method):
-        config = DecodeConfig(method=method, budget=16, max_tokens=24)
-        return list(decode(backend, Request(prompt_ids=ids, images=images, config=config)))
-
-    plain, drafted = run("ar"), run("treeflash")
-    assert tokens_of(drafted) == tokens_of(plain)
-    assert sum(len(step.tokens) for step in drafted[1:]) > 1.5 * len(drafted[1:])

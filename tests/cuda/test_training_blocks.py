@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from parts import use_models
 from small_training import CPU, TINY_VOCAB, texts_of
+from stand_ins import stand_in
 
 from treeflash.decoding.session import SequenceSession
 from treeflash.testing import require
@@ -230,7 +231,7 @@ def test_flex_attention_sees_what_the_mask_of_a_cpu_sees(window, causal, monkeyp
         compiled.append(True)
         return model.flex_attention
 
-    monkeypatch.setattr(model, "_compiled_attention", uncompiled)
+    stand_in(monkeypatch, model, _compiled_attention=uncompiled)
     torch.manual_seed(0)
     size, length = 4, 37
     anchors = torch.randint(2, length, (2, 2 * ROW_ANCHORS)).sort().values

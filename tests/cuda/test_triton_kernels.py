@@ -1,4 +1,7 @@
-"""The Triton kernels, run by Triton's interpreter on a CPU, against their definitions."""
+"""The Triton kernels, run by Triton's interpreter on a CPU: against their definitions, with faults.
+
+The check at load finds each fault in their text. Decoding with them has the reference's trees.
+"""
 
 import itertools
 from contextlib import contextmanager
@@ -7,8 +10,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from parts import load_with_parts
+from stand_ins import stand_in
 
-from treeflash.testing import require
+from treeflash.config import DecodeConfig, LoadConfig
+from treeflash.decoding.tree import DraftTree
+from treeflash.reference.backend import load as load_reference
+from treeflash.testing import HYBRID_FAMILIES, require
+from treeflash.testing.comparisons import (
+    assert_equal_steps,
+    path_to,
+    random_tokens,
+    random_tree,
+    steps_of,
+)
+from treeflash.testing.models import write_drafter, write_target
+from treeflash.testing.pairs import SAMPLINGS, each_value
 
 require("torch")
 require("triton")
@@ -17,7 +34,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton_interpreter  # noqa: F401 - repairs it
-from attention_cases import Case, alone, attention_case, expected_attention
+from attention_cases import CASES, Case, alone, attention_case, expected_attention
 from faulty_kernels import faulty
 from treeflash_cuda import operations
 from treeflash_cuda.gpu import triton_kernels
@@ -27,17 +44,22 @@ from treeflash_cuda.gpu.triton_kernels import (
     experts,
     layers,
     moves,
+    noise,
     products,
     recurrence,
     sampling,
 )
-from treeflash_cuda.operations import TOLERANCES, Operations, RandomInputs, Shapes, checked
+from treeflash_cuda.operations import (
+    CHECKS,
+    TOLERANCES,
+    Operations,
+    RandomInputs,
+    Shapes,
+    checked,
+    sample_rows,
+)
 from treeflash_cuda.quantised_weights import BITS, GROUP, quantise_weight
 from treeflash_cuda.recurrence import TreeNodes, plan_nodes
-
-from treeflash.decoding.tree import DraftTree
-from treeflash.testing.comparisons import path_to, random_tree
-from treeflash.testing.pairs import each_value
 
 CPU = torch.device("cpu")
 KERNELS = Operations(
@@ -49,23 +71,6 @@ KERNELS = Operations(
     quantised_linear=products.quantised_linear,
 )
 SMALL = Shapes(heads=2, kv_heads=1, head_dim=16, hidden_size=24)
-CASES = {
-    "trees": Case(lengths=(5, 0, 70), nodes=7),
-    "trees that cross tiles and chunks": Case(lengths=(60, 505), nodes=12, heads=2, kv_heads=1),
-    "trees of different sizes": Case(lengths=(600, 3, 511, 0), nodes=(1, 19, 40, 2)),
-    "a tree of 256 nodes": Case(lengths=(9,), nodes=256, heads=1, kv_heads=1),
-    "single tokens": Case(lengths=(3, 64, 1100), nodes=1),
-    "prompt tokens": Case(lengths=(0, 60), nodes=9, chunk=True),
-    "a window": Case(lengths=(600, 2), nodes=6, window=90),
-    "a window inside a tree": Case(lengths=(600, 2), nodes=9, window=2),
-    "the first positions and a window": Case(lengths=(600, 2), nodes=4, window=9, sink=3),
-    "soft-capping": Case(lengths=(5, 30), nodes=4, softcap=2.0),
-    "attention sinks": Case(lengths=(5, 30), nodes=4, sinks=True),
-    "blocks that see all of themselves": Case(lengths=(5, 63), nodes=4, block=True),
-    "narrow heads": Case(lengths=(5,), nodes=4, head_dim=6),
-    "heads whose width is no power of two": Case(lengths=(70,), nodes=4, head_dim=24),
-    "many heads for one key head": Case(lengths=(70,), nodes=2, heads=40, kv_heads=2),
-}
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -105,8 +110,8 @@ def test_kernels_are_launched_on_the_device_of_their_inputs(monkeypatch):
         yield
         current.pop()
 
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(operations, "checked", lambda kernels, *_: kernels)
+    stand_in(monkeypatch, torch.cuda, device_of=device_of)
+    stand_in(monkeypatch, operations, checked=lambda kernels, *_: kernels)
     found = operations.load_operations(SMALL, CPU, torch.float32)
     wrapper = operations.on_its_device(lambda x: current == [x])
     assert wrapper(torch.zeros(1))
@@ -139,14 +144,14 @@ def test_products_need_registers_where_triton_uses_no_tensor_cores(
     active = SimpleNamespace(
         get_current_device=lambda: -capability, get_current_target=lambda: target
     )
-    monkeypatch.setattr(triton_kernels, "driver", SimpleNamespace(active=active))
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", interpreted)
+    stand_in(monkeypatch, triton_kernels, driver=SimpleNamespace(active=active))
+    stand_in(monkeypatch, triton.knobs.runtime, interpret=interpreted)
     assert triton_kernels.needs_registers(dtype) is needed
 
 
 def test_kernels_without_tensor_cores_are_right_in_half_precision(monkeypatch):
     for module in (attention, experts, products):
-        monkeypatch.setattr(module, "needs_registers", lambda dtype: True)
+        stand_in(monkeypatch, module, needs_registers=lambda dtype: True)
     kernels = Operations(
         tree_attention=attention.tree_attention,
         grouped_linear=experts.grouped_linear,
@@ -188,7 +193,7 @@ LOADED = {
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(("shapes", "dtype"), all_in_float32(LOADED))
 def test_all_kernels_pass_the_check_at_load(shapes, dtype, monkeypatch):
-    monkeypatch.setattr(operations, "SAMPLES", 3)
+    stand_in(monkeypatch, operations, SAMPLES=3)
     found = checked(KERNELS, shapes, CPU, dtype)
     names = [] if shapes.experts else ["grouped_linear"]
     names += [] if shapes.draft_bits else ["quantised_linear"]
@@ -282,8 +287,8 @@ def test_rows_have_the_same_bits_where_a_program_has_one_part_and_where_it_has_a
         return products.linear(rows, weight), products.quantised_linear(rows, quantised)
 
     in_parts = results(x)
-    monkeypatch.setattr(products, "PROGRAMS", 0)  # as if the rows filled the GPU
-    monkeypatch.setattr(products, "split", lambda *_: split)
+    stand_in(monkeypatch, products, PROGRAMS=0)  # as if the rows filled the GPU
+    stand_in(monkeypatch, products, split=lambda *_: split)
     for found, expected in zip(results(x[3:5]), in_parts, strict=True):
         assert torch.equal(found, expected[3:5])
 
@@ -376,3 +381,199 @@ def test_sums_in_another_order_are_not_equal_bit_for_bit(tmp_path):
         torch.equal(found[row], broken.tree_attention(**alone(case, inputs, row))[0])
         for row in range(len(found))
     )
+
+
+SHAPES = {
+    attention: replace(SMALL, hidden_size=8, softcap=1.0, sinks=True),
+    experts: replace(SMALL, experts=True),
+    products: replace(SMALL, draft_bits=(4,)),
+    recurrence: replace(SMALL, recurrent=((2, 8, 6, False),)),
+    convolution: replace(SMALL, convolutions=((20, 4),)),
+}
+"""Shapes of a model that uses the operations of a module, where `SMALL` does not."""
+FAULTS = {
+    attention: {
+        "a sibling instead of an ancestor": ("shared + path", "positions"),
+        "a row that does not see itself": ("(positions < end)", "(positions < end - 1)"),
+        "a later prompt token": ("positions[None, :] < end[:, None]", "positions[None, :] >= 0"),
+        "a wider window over a tree": ("(positions >= start)", "(positions >= start - 1)"),
+        "a wider window over a prefix": (">= start[:, None]", ">= start[:, None] - 1"),
+        "no mask": (
+            "tl.where(visible, scores * LOG2_E",
+            "tl.where(visible | True, scores * LOG2_E",
+        ),
+        "old sums that keep their scale": ("out * share[:, None] + tl", "out + tl"),
+        "chunks that keep their scale": (
+            "total = total * share + part_total",
+            "total += part_total",
+        ),
+        "another sequence's pages": ("tl.load(table_pointer + row)", "tl.load(table_pointer)"),
+        "the first page alone": ("table + tile // PAGE", "table"),
+        "the page of another node": ("table + offsets // PAGE", "table + positions // PAGE"),
+        "another key head": ("k_head = k_pointer + kv_head", "k_head = k_pointer + 0 * kv_head"),
+        "the queries of another product": ("more_q, more_bounds, k", "q, more_bounds, k"),
+        "a chunk that is left out": (
+            "tl.range(begin // CHUNK, whole",
+            "tl.range(begin // CHUNK + 1, whole",
+        ),
+        "no soft-capping": ("    if SOFTCAP:", "    if False:"),
+        "no attention sinks": ("    if SINKS:", "    if False:"),
+    },
+    layers: {
+        "rms_norm": ("x + residual.to(tl.float32)", "x"),
+        "rotate_and_store": ("-sin, sin)", "sin, sin)"),
+        "gated": ("result = active.to(dtype)", "result = x.to(dtype)"),
+    },
+    moves: {
+        "the last column first": (
+            "load(sources_pointer + i)",
+            "load(sources_pointer + end - 1 - i)",
+        ),
+        "columns of the sequence before": ("mask=sequence > 0", "mask=sequence > 1"),
+        "one layer": ("plane * plane_stride", "0 * plane_stride"),
+    },
+    experts: {
+        "rows of the expert before": ("expert - 1", "expert - 2"),
+        "no bias": ("    if BIAS:", "    if False:"),
+        "other columns": ("columns[None, :] * weight_strides[1]", "columns[None, :] * 0"),
+        "only one tile of rows": (
+            "range(first, end, ROWS)",
+            "range(first, tl.minimum(end, first + 1))",
+        ),
+        "rows beyond the expert's": ("is_row = rows < end", "is_row = rows < end + 1"),
+    },
+    products: {
+        "numbers in another order": ("numbers & 15, numbers >> 4", "numbers >> 4, numbers & 15"),
+        "no least number": (" + least[:, None]", ""),
+        "the scales of the first group": ("scales_pointer + group", "scales_pointer + columns"),
+        "a part that is left out": ("range(parts)", "range(parts - 1)"),
+        "the rows of the first product": (
+            "i * ROWS + tl.arange(0, ROWS)\n                mask",
+            "tl.arange(0, ROWS)\n                mask",
+        ),
+        "no bias": ("    if BIAS:", "    if False:"),
+    },
+    recurrence: {
+        "the state of the node before": ("if source == i:", "if source == i + 9:"),
+        "a state that is never kept": ("tl.where(target == i,", "tl.where(target == i + 9,"),
+        "another slot's state": ("tl.load(slots_pointer + tree)", "tl.load(slots_pointer)"),
+        "values that are not corrected": ("    if DELTA:", "    if False:"),
+        "another head's gate": ("head * log_g_strides[2]", "0 * log_g_strides[2]"),
+        "half of a decay": ("[:, None]\n\n\n", "[:, None] * 0.5\n\n\n"),
+        "keys that are not normalised": ("    if NORMALISE:", "    if False:"),
+        "a commit of one node too few": (
+            "range(tl.load(path + 3))",
+            "range(tl.load(path + 3) - 1)",
+        ),
+        "a commit to the slot it read": ("after.to(tl.int64)", "before.to(tl.int64)"),
+    },
+    convolution: {
+        "the window of another node": ("(tree * n + node) * KERNEL", "tree * n * KERNEL"),
+        "another slot's tail": ("tl.load(slots_pointer + tree)", "tl.load(slots_pointer)"),
+        "a tail without its first input": (
+            "in tl.static_range(KERNEL - 1)",
+            "in range(1, KERNEL - 1)",
+        ),
+        "a row behind the tail": ("row = place - (KERNEL - 1)", "row = place - KERNEL"),
+        "no bias": ("if bias_pointer is not None", "if False"),
+        "no activation": ("    if SILU:", "    if False:"),
+    },
+    noise: {
+        "no scale": ("first_key, second_key) * scale", "first_key, second_key)"),
+        "other rows' tokens": ("row // rows * width", "row * 0"),
+        "no temperature": ("tl.div_rn(x, temperature)", "x"),
+        "no ids": ("if HAS_IDS else tokens", "if False else tokens"),
+        "a part is left out": ("tl.sum(totals * tl.exp", "tl.max(totals * tl.exp"),
+        "a block is left out": (
+            "for block in range(part, tl",
+            "for block in range(part + PARTS, tl",
+        ),
+    },
+    sampling: {
+        "no temperature": ("score = (x - best) / divisor", "score = x - best"),
+        "top-k keeps one more": (".to(tl.float32) >= top_k", ".to(tl.float32) > top_k"),
+        "a digit too low": ("enough.to(tl.int32), 0) - 1", "enough.to(tl.int32), 0) - 2"),
+        "no top-p": ("edge = tl.maximum(edge, nucleus)", "edge = edge"),
+        "no min-p": ("tl.exp(score) >= least", "tl.exp(score) >= 0"),
+        "no second hash": ("^ second_key)", "^ first_key)"),
+        "not finite": ("token = tl.where(is_finite,", "token = tl.where(is_finite | True,"),
+    },
+}
+"""Texts and what stands in their places, by module and by what is then wrong."""
+
+
+@pytest.mark.parametrize(
+    ("module", "fault"),
+    [
+        pytest.param(module, fault, id=f"{module.__name__.rpartition('.')[2]}: {fault}")
+        for module, faults in FAULTS.items()
+        for fault in faults
+    ],
+)
+def test_a_faulty_kernel_falls_back(module, fault, tmp_path, monkeypatch):
+    """Alone, unless two operations have the faulty text."""
+    stand_in(monkeypatch, operations, SAMPLES=3)
+    broken = faulty(module, tmp_path, *FAULTS[module][fault])
+    kernels = {name: getattr(broken, name) for name in CHECKS if hasattr(broken, name)}
+    shapes = SHAPES.get(module, SMALL)
+    if fault == "another key head":
+        shapes = replace(shapes, kv_heads=2)
+    dtype = torch.float16 if module is attention else torch.float32
+    found = checked(Operations(**kernels), shapes, CPU, dtype)
+    wrong = [name for name in kernels if not found.has_kernel(name)]
+    assert list(found.reasons) == wrong
+    assert len(wrong) in ((1, 2) if module in (noise, recurrence) else (1,))
+    assert all(getattr(found, name) is getattr(operations, name) for name in wrong)
+    assert all("the kernel's results differ by " in line for line in found.fallbacks)
+
+
+VOCAB = 24
+
+
+class Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.function(*args, **kwargs)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("sampling", ["greedy", "all"])
+@pytest.mark.parametrize("method", ["treeflash", "ar"])
+@pytest.mark.parametrize("family", ["mistral", "qwen3", *HYBRID_FAMILIES])
+def test_trees_and_tokens_equal_the_references(family, method, sampling, tmp_path, monkeypatch):
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    # Few layers, because the interpreter takes a second for a prompt's layer.
+    write_target(target, family, seed=1, vocab_size=VOCAB, layers=2)
+    window = 4 if family == "mistral" else None
+    write_drafter(drafter, target, seed=2, layers=1, target_layer_ids=(0, 1), sliding_window=window)
+    backend = load_with_parts(monkeypatch, target, drafter)
+    counted = Counted(attention.tree_attention), Counted(layers.rotate_and_store)
+    recurrences = Counted(recurrence.tree_recurrence), Counted(recurrence.commit_recurrence)
+    recurrences += (Counted(convolution.convolve_paths),)
+    samplings = Counted(sample_rows)
+    backend.target.operations = Operations(
+        *(counted[0], layers.rms_norm, counted[1], layers.gated),
+        tree_recurrence=recurrences[0],
+        commit_recurrence=recurrences[1],
+        convolve_paths=recurrences[2],
+        move_columns=moves.move_columns,
+        sample_rows=samplings,
+    )
+    reference = load_reference(target, drafter, LoadConfig())
+    stand_in(monkeypatch, attention, MAX_TILE=16)
+    length, tokens = 15, 3  # together more than a tile
+    if family in HYBRID_FAMILIES:  # the interpreter takes seconds for every step
+        length, tokens = 5, 3
+    prompt = random_tokens(np.random.default_rng(3), VOCAB, length)
+    config = DecodeConfig(method=method, budget=6, max_tokens=tokens, sampling=SAMPLINGS[sampling])
+    found, expected = (steps_of(x, prompt, config) for x in (backend, reference))
+    assert_equal_steps(found, expected)
+    assert counted[0].calls > 0
+    assert counted[1].calls > 0
+    assert sampling == "greedy" or samplings.calls > 0
+    assert all((x.calls > 0) == (family in HYBRID_FAMILIES) for x in recurrences)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from recordings import recording
+from stand_ins import stand_in
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding.session import SequenceSession
@@ -85,7 +86,7 @@ def test_a_drafter_of_few_bits_changes_no_text(engine, pair, bits):
     "dialect", ["dflash2", "deepspec-gated", "deepspec-rnn", "specforge-domino"]
 )
 def test_heads_of_few_bits(engine, tmp_path, monkeypatch, dialect):
-    monkeypatch.setattr(models, "RANK", 64)  # wide enough to be quantised
+    stand_in(monkeypatch, models, RANK=64)  # wide enough to be quantised
     target, drafter = tmp_path / "target", tmp_path / "drafter"
     write_target(target, "qwen3", seed=1, hidden_size=128, vocab_size=64)
     write_dialect(drafter, target, dialect, seed=2)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from stand_ins import stand_in
 
 pytest.importorskip("torch")
 
@@ -68,7 +69,7 @@ def vision(engine, family, models):
     return models(engine, family)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(4)
 @each_family
 def test_text_is_that_of_generate_in_a_batch_with_other_images_and_text(vision):
     prompts = [*vision.prompts, vision.encode("abcdabcd")]
@@ -165,7 +166,7 @@ def test_others_go_on_when_an_image_fails_or_its_prompt_is_cancelled(vision, mon
             raise RuntimeError("out of memory")
         return encode(self, *args)
 
-    monkeypatch.setattr(tower, "encode", encode_others)
+    stand_in(monkeypatch, tower, encode=encode_others)
     config = SchedulerConfig(prefill_chunk=5, lone_prefill_chunk=5)
     scheduler = steady_scheduler(vision.backend, config)
     texts = {scheduler.submit(request(prompt)): [] for prompt in vision.prompts}
@@ -343,7 +344,7 @@ def test_a_model_that_fails_on_images_remains_a_text_model(vision, module, funct
 @one_family
 def test_a_target_whose_text_is_wrong_after_images_takes_none(vision, monkeypatch, recwarn, caplog):
     """One line says so, and the tower takes no memory."""
-    monkeypatch.setattr(PromptImages, "shift", 0)
+    stand_in(monkeypatch, PromptImages, shift=0)
     backend = vision.load()
     assert (backend.target.tower, type(backend.images)) == (None, str)
     lines = caplog.messages + [str(x.message) for x in recwarn]
