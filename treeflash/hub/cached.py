@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import CachedRepoInfo, HFCacheInfo, scan_cache_dir
+from huggingface_hub import CachedRepoInfo, HFCacheInfo, constants, scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
 from treeflash.config import cache_folder
@@ -63,7 +63,7 @@ def cached_models() -> list[CachedModel]:
         found.append(CachedModel.from_folder(folder.name, folder, remove))
     found += [CachedModel.from_folder(name, folder) for name, folder in studio_models().items()]
     try:
-        cache = scan_cache_dir()
+        cache = scan_cache_dir(constants.HF_HUB_CACHE)
     except CacheNotFound:
         return found
     for repository in sorted(cache.repos, key=lambda repository: repository.repo_id):

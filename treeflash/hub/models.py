@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 
 from filelock import FileLock
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub import constants
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -250,7 +250,7 @@ def _resolve(name: str, *, packed: bool = False) -> Path:
         return local
     from treeflash.hub.client import fetch  # its imports take longer than `--help`
 
-    fetched = fetch(name, repository, quantisation, Path(HF_HUB_CACHE))
+    fetched = fetch(name, repository, quantisation, Path(constants.HF_HUB_CACHE))
     if quantisation:
         return _converted(fetched, packed)
     if not has_weights(fetched) and "gguf" in name.lower():
@@ -299,7 +299,7 @@ def find_local(name: str) -> Path | None:
     newest snapshot. Raises a CheckpointError if several publishers have a model of this name.
     """
     studio = studio_models()
-    snapshots = filter(has_weights, Path(HF_HUB_CACHE).glob("models--*/snapshots/*"))
+    snapshots = filter(has_weights, Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"))
     by_age = sorted(snapshots, key=lambda folder: folder.stat().st_mtime)  # the newest one counts
     known = {model_name(folder): folder for folder in by_age} | studio
     found = {x for x in known if x.rpartition("/")[2].lower() == name.lower()}

