@@ -28,15 +28,15 @@ have emitted in the same time. At the lowest balance it pauses; each later pause
 until drafting pays again. It ends if a plain pass turns out to be much slower than was thought,
 because the balance was wrong. A pause goes on in the next text, often one of the same kind. Several
 sequences must draft faster than plain decoding by `MIN_ADVANTAGE`. Copies of the text cost no
-draft, so they are verified in pauses too; and where they promise more tokens per second than
-drafted iterations brought lately, the drafter is not called.
+draft, so they are verified in pauses too; and where a copy alone promises more than the rate emits
+in the time of its pass, the drafter is not called.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
@@ -195,8 +195,7 @@ class Pace:
 
     drafting: Pause = field(default_factory=Pause)  # pause of the drafter
     begun: int = 0  # number of iterations
-    all: Rate = field(default_factory=Rate)  # rate of iterations with a draft or a copy
-    drafted: Rate = field(default_factory=Rate)  # rate of iterations in which the drafter ran
+    rate: Rate = field(default_factory=Rate)  # rate of iterations with a draft or a copy
     # seconds of the latest iterations with a draft, without the target's pass
     draft_s: deque[float] = field(default_factory=lambda: deque(maxlen=9))
     # seconds of each depth of the latest drafts
@@ -227,7 +226,7 @@ class AdaptiveBudget:
     costs: VerifyCosts  # costs of the target's forward pass
     acceptance: Acceptance = field(default_factory=Acceptance)
     # by number of sequences, rounded up to a power of two
-    paces: dict[int, Pace] = field(default_factory=dict)
+    paces: defaultdict[int, Pace] = field(default_factory=lambda: defaultdict(Pace))
 
     @property
     def largest(self) -> int:
@@ -236,7 +235,7 @@ class AdaptiveBudget:
 
     def pace(self, sequences: int) -> Pace:
         """Return the measurements with about that many sequences."""
-        return self.paces.setdefault(power_of_two(sequences), Pace())
+        return self.paces[power_of_two(sequences)]
 
     def begin(self, sequences: int = 1) -> bool:
         """Begin an iteration of some sequences; returns whether it should draft."""
@@ -283,16 +282,16 @@ class AdaptiveBudget:
         return now.depths
 
     def prefers_copy(self, tree: DraftTree, length: int, sequences: int = 1) -> bool:
-        """Return whether a copy promises more tokens per second than the drafter brought.
+        """Return whether a copy alone promises more than the rate emits in the time of its pass.
 
         `length` is the number of committed positions; `sequences` ask for drafts.
         """
-        drafted = self.pace(sequences).drafted.per_s
         sizes = self._sizes(len(tree))
         expected = sequences * np.cumsum(self.acceptance.gains(tree))[sizes - 1]
         rows = sequences * sizes
         costs = self.costs.predict(rows, (rows * float(length)).tolist(), sequences)
-        return drafted > 0 and bool((expected > drafted * costs).any())
+        pays = bool((expected > self._rate([length] * sequences) * costs).any())
+        return pays and self.pace(sequences).rate.seconds > 0
 
     def prune(
         self, trees: Sequence[DraftTree], lengths: Sequence[int], other_rows: int = 0
@@ -315,7 +314,7 @@ class AdaptiveBudget:
         reads = np.cumsum(np.asarray(lengths, np.float64)[owners[order]])
         costs = self.costs.predict(sizes + other_rows, reads[sizes - 1], len(trees))
         rate = self._rate(lengths)
-        if not self.pace(len(trees)).all.seconds:
+        if not self.pace(len(trees)).rate.seconds:
             # Nothing was drafted yet: take the rate that this pass alone could reach.
             rate = max(rate, float((expected[sizes - 1] / costs).max()))
         best = int(sizes[np.argmax(expected[sizes - 1] - rate * costs)])
@@ -356,9 +355,10 @@ class AdaptiveBudget:
         sequences, now = len(trees), self.pace(len(trees))
         sizes = [len(tree) for tree in trees]
         rows, reads = sum(sizes), float(np.dot(sizes, lengths))
-        is_plain, thought = rows == sequences, self._plain_rate(lengths)
+        is_plain = rows == sequences
+        thought = self._plain_rate(lengths) if is_plain and now.drafting.left else 0.0
         self.costs.observe(rows, reads, sequences, seconds["verify"])
-        if is_plain and thought > DIFFERENT * self._plain_rate(lengths):
+        if thought and thought > DIFFERENT * self._plain_rate(lengths):
             now.drafting = Pause()  # drafts lost against a plain pass that is slower than thought
         self.acceptance.observe(trees, paths)
         drafted = "draft" in seconds
@@ -376,9 +376,8 @@ class AdaptiveBudget:
         # The expected seconds, because a disturbance says nothing about the choice.
         all_s = other_s + float(self.costs.predict([rows], [reads], sequences)[0])
         tokens = sum(map(len, paths))
-        now.all.add(tokens, all_s)
+        now.rate.add(tokens, all_s)
         if drafted:
-            now.drafted.add(tokens, all_s)
             plain = (MIN_ADVANTAGE if sequences > 1 else 1.0) * self._plain_rate(lengths)
             # The noise of several sequences is the square root of their number.
             now.drafting.add((tokens - all_s * plain) / math.sqrt(sequences))
@@ -394,7 +393,7 @@ class AdaptiveBudget:
 
     def _rate(self, lengths: Sequence[int]) -> float:
         """Return the tokens per second of decoding lately, or of plain decoding if it is faster."""
-        return max(self._plain_rate(lengths), self.pace(len(lengths)).all.per_s)
+        return max(self._plain_rate(lengths), self.pace(len(lengths)).rate.per_s)
 
 
 def _drafted_depth(tree: DraftTree) -> int:

@@ -43,7 +43,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -89,27 +89,20 @@ class CostFile:
         except (OSError, ValueError, TypeError, AttributeError, KeyError):
             return None
 
-    @property
-    def written(self) -> datetime | None:
-        """When the costs were measured or corrected last; None without a file."""
-        try:
-            return datetime.fromtimestamp(self.path.stat().st_mtime, UTC)
-        except OSError:
-            return None
-
     def write(self, costs: VerifyCosts) -> None:
         """Replace the costs; that the folder cannot be written is not an error."""
         remember(self.path, json.dumps({"seconds": costs.seconds, "position_s": costs.position_s}))
 
     def describe(self) -> str:
         """Return the costs of some sizes, their age, and how to measure them again."""
-        costs, written = self.read(), self.written
-        if costs is None or written is None:
+        costs = self.read()
+        if costs is None:
             return "measured by the first text with --budget auto"
-        shown = [size for size in (1, 8, 32) if size in costs.seconds]
+        written = datetime.fromtimestamp(self.path.stat().st_mtime, UTC)
         parts = [
             f"{size} {'row' if size == 1 else 'rows'} {1e3 * costs.seconds[size]:.3g} ms"
-            for size in shown
+            for size in (1, 8, 32)
+            if size in costs.seconds
         ]
         return (
             f"{', '.join(parts)}; measured or corrected {written:%Y-%m-%d %H:%M} UTC; delete "
@@ -182,13 +175,16 @@ class VerifyCosts:
         beyond = {
             size: best[largest] + slope * (size - largest) for size in SIZES if size > largest
         }
-        return cls({**best, **beyond, 1: min(best[1], token_s)}, position_s)
+        measured = {**best, **beyond, 1: min(best[1], token_s)}
+        # A larger tree has the rows of a smaller one, which was disturbed if it took longer.
+        sound = accumulate(reversed(measured.values()), min)
+        return cls(dict(zip(measured, reversed(list(sound)), strict=True)), position_s)
 
     @classmethod
     def kept(
         cls, backend: Backend, file: CostFile, clock: Callable[[], float] = time.perf_counter
     ) -> VerifyCosts:
-        """Return the costs in a file, or measure them, and keep them there if they are sound.
+        """Return the costs in a file, or measure them, and keep them there.
 
         That the file cannot be written is not an error.
         """
@@ -200,16 +196,9 @@ class VerifyCosts:
                     backend.device_name,
                 )
             costs = cls.measure(backend, clock)
-            if not costs.is_sound:
-                return costs
             file.write(costs)
         costs.file = file
         return costs
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether no size is clearly faster than the one before: else one of them was disturbed."""
-        return all(b * DIFFERENT >= a for a, b in pairwise(self.seconds.values()))
 
     def predict(
         self,

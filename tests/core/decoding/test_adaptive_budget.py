@@ -99,7 +99,7 @@ class TestPruning:
     def test_a_staircase_is_climbed_to_its_edges(self, share, nodes):
         steps = {size: 1.0 if size <= 8 else 2.0 if size <= 32 else 9.0 for size in SIZES}
         budget = AdaptiveBudget(VerifyCosts(steps))
-        budget.pace(1).all = Rate(1.0, 1.0)
+        budget.pace(1).rate = Rate(1.0, 1.0)
         assert sizes(budget, [fan(64, share)]) == [nodes]
 
     @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ class TestPruning:
     def test_nodes_must_pay_at_the_rate_of_decoding(self, rate, tree, nodes):
         """That of plain decoding, if it is the faster one."""
         budget = AdaptiveBudget(costs(0.2))
-        budget.pace(1).all = Rate(10 * rate, 10.0)
+        budget.pace(1).rate = Rate(10 * rate, 10.0)
         assert sizes(budget, [tree]) == [nodes]
 
     def test_copies_may_be_cut_to_the_root(self):
@@ -297,12 +297,12 @@ class TestDrafting:
         budget = AdaptiveBudget(costs(0.1))
         observe(budget, [chain(0.5)], 2, draft_s=5.0, first=True)
         now = budget.pace(1)
-        assert (now.all, now.drafted, now.drafting.balance) == (Rate(), Rate(), 0)
+        assert (now.rate, now.drafting.balance) == (Rate(), 0)
         assert budget.acceptance.accepted.sum() == 1
         observe(budget, [chain(0.5)], 2, draft_s=0.5)
-        assert now.all == now.drafted == Rate(2.0, pytest.approx(1.6))
+        assert now.rate == Rate(2.0, pytest.approx(1.6))
         observe(budget, [chain(0.5)], 2, draft_s=5.0, first=True)  # of another sequence
-        assert now.all.seconds == pytest.approx((1 - FORGETTING) * 1.6 + 1.6)
+        assert now.rate.seconds == pytest.approx((1 - FORGETTING) * 1.6 + 1.6)
 
     @pytest.mark.parametrize("disturbed", [{"verify_s": 1000.0}, {"draft_s": 1000.0}])
     def test_a_disturbed_iteration_says_nothing_about_the_rate(self, disturbed):
@@ -310,7 +310,7 @@ class TestDrafting:
         for number in range(30):
             seconds = {"verify_s": 1.1, "draft_s": 0.5} | (disturbed if number % 5 == 4 else {})
             observe(budget, [chain(0.5)], 2, **seconds)
-        assert budget.pace(1).all.per_s == pytest.approx(2 / 1.6)
+        assert budget.pace(1).rate.per_s == pytest.approx(2 / 1.6)
 
     def test_rates_are_of_the_latest_iterations(self):
         budget = AdaptiveBudget(costs(0.0))
@@ -318,8 +318,7 @@ class TestDrafting:
             for _ in range(80):
                 observe(budget, [chain(0.9, 0.9)], tokens, draft_s=0.0)
             now = budget.pace(1)
-            assert now.all.per_s == pytest.approx(tokens, rel=0.01)
-            assert now.drafted.per_s == pytest.approx(tokens, rel=0.01)
+            assert now.rate.per_s == pytest.approx(tokens, rel=0.01)
 
     def test_depths_are_drafted_a_little_beyond_what_trees_reached_lately(self):
         budget = AdaptiveBudget(costs(0.1))

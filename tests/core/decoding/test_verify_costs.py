@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import platform
 import shutil
 from functools import partial
@@ -232,6 +233,12 @@ class TestMeasuring:
         found = measure(Timed(lambda n: 0.01 if n < step else 0.02)).seconds
         assert found == pytest.approx({n: 0.01 if n < step else 0.02 for n in SIZES})
 
+    def test_a_smaller_tree_takes_no_longer_than_a_larger_one(self):
+        """Else something disturbed its passes."""
+        timed = Timed(lambda rows: 0.002 if rows < 5 else 0.01 if rows < 64 else 0.008)
+        found = measure(timed).seconds
+        assert [found[n] for n in (4, 5, 48, 64)] == pytest.approx([0.002, 0.008, 0.008, 0.008])
+
     def test_no_size_is_given_up_for_what_its_first_forward_compiles(self):
         found = measure(Timed(lambda nodes: 0.01, first=20)).seconds
         assert found == pytest.approx(dict.fromkeys(SIZES, 0.01))
@@ -437,12 +444,6 @@ class TestKeeping:
         found = kept_costs(Timed(lambda nodes: 0.01), target)
         assert found.seconds[1] == pytest.approx(0.01)
 
-    def test_costs_that_fall_with_the_rows_are_not_kept(self, target, tmp_path):
-        timed = Timed(lambda rows: 0.01 if rows < 64 else 0.001)
-        assert not measure(timed).is_sound
-        kept_costs(timed, target)
-        assert not (tmp_path / "costs").exists()
-
 
 @pytest.fixture
 def file(tmp_path):
@@ -518,10 +519,9 @@ class TestHealing:
         assert error(costs, 12, sequences=4) == pytest.approx(2, rel=0.2)
 
     def test_the_file_says_what_it_has_how_old_it_is_and_how_to_measure_again(self, file):
-        assert file.written is None
         assert "first text" in file.describe()
         file.write(table())
-        assert file.written is not None
-        assert file.written.tzinfo is not None
+        os.utime(file.path, (0, 0))
         assert file.describe().startswith("1 row 25 ms, 8 rows ")
+        assert "corrected 1970-01-01 00:00 UTC" in file.describe()
         assert f"delete {file.path} to measure again" in file.describe()
