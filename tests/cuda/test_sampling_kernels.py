@@ -1,6 +1,6 @@
 """The kernels of sampling, and of the drafts' noise and log probabilities, by the interpreter.
 
-`conformance/test_sampling.py` has the tokens of the first; `test_kernel_faults.py` has faults.
+`conformance/test_sampling.py` has the tokens of the first, `test_triton_kernels.py` the faults.
 """
 
 from dataclasses import replace
