@@ -3,6 +3,7 @@
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -375,25 +376,17 @@ FAULTS_OF_A_GPU = (
 )
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("fault", "on_gpu"), [*product(FAULTS, [False]), *product(FAULTS_OF_A_GPU, [True])]
+)
 @torch.inference_mode()
-def test_faults_are_noticed(tmp_path, fault):
-    check_fault(tmp_path, fault, load_pair)
-
-
-@pytest.mark.parametrize("fault", FAULTS_OF_A_GPU)
-@torch.inference_mode()
-def test_faults_are_noticed_on_a_gpu(tmp_path, monkeypatch, fault):
-    """Of what its attention and its experts do, not the layers."""
-    check_fault(tmp_path, fault, partial(load_with_parts, monkeypatch))
-
-
-def check_fault(folder, fault, load_pair):
+def test_faults_are_noticed(tmp_path, monkeypatch, fault, on_gpu):
+    """On a GPU those of its attention and its experts: the layers are the same."""
     name, change = FAULTS[fault]
-    model = write(folder, name)
-    in_files(folder, change)
-    backend = load_pair(folder)
-    assert isinstance(backend.target, CpuTarget | GpuTarget)
+    model = write(tmp_path, name)
+    in_files(tmp_path, change)
+    backend = load_with_parts(monkeypatch, tmp_path) if on_gpu else load_pair(tmp_path)
+    assert isinstance(backend.target, GpuTarget if on_gpu else CpuTarget)
     if callable(change):
         change(backend.target.model)
     assert differences(backend, model)["prompt"] > 100 * TOLERANCE

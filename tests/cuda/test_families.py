@@ -4,7 +4,6 @@ Layers, caches or positions are unlike others'. One test is of the reference's w
 configurations leave something unsaid.
 """
 
-import json
 import logging
 import sys
 from contextlib import suppress
@@ -36,8 +35,8 @@ from treeflash.testing.models import edit_config, save, write_drafter, write_pai
 require("torch")
 
 import torch
-import transformers
 from families import cuda as families
+from families import write_pair as write_family_pair
 from torch import nn
 from transformers import AutoModelForCausalLM, DogeConfig, LlamaConfig
 from transformers.models.starcoder2 import modeling_starcoder2
@@ -162,42 +161,24 @@ def test_a_model_may_use_its_cache_as_in_earlier_versions(tmp_path, monkeypatch)
 
 
 POSITIONS = 32
-SHAPE = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "pad_token_id": 0,
-}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
-    "short_factor": [1.0] * 4,
-    "long_factor": [4.0] * 4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
     "original_max_position_embeddings": POSITIONS,
 }
-
-
-def write(folder, config):
-    torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder / "target")
-    write_drafter(folder / "drafter", folder / "target", seed=2)
-    return load(folder / "target", folder / "drafter", CPU)
 
 
 @pytest.fixture(scope="module", params=["a table of positions", "frequencies by the last position"])
 def backend(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     if request.param.startswith("a table"):
-        positions = {"max_position_embeddings": POSITIONS, "word_embed_proj_dim": 32}
-        return write(folder, transformers.OPTConfig(**SHAPE, **positions, ffn_dim=64))
-    positions = {"original_max_position_embeddings": POSITIONS, "rope_parameters": LONGROPE}
-    shape = {**SHAPE, "max_position_embeddings": 4 * POSITIONS, "intermediate_size": 64}
-    return write(folder, transformers.Phi3Config(**shape, **positions, eos_token_id=1))
+        name, fields = "opt", {"max_position_embeddings": POSITIONS, "ffn_dim": 64}
+    else:
+        positions = {"original_max_position_embeddings": POSITIONS, "rope_parameters": LONGROPE}
+        name, fields = "phi3", positions | {"max_position_embeddings": 4 * POSITIONS}
+    return load(*write_family_pair(families, folder, name, **fields), CPU)
 
 
 def test_texts_that_reach_the_last_position_are_those_of_plain_decoding(backend):
@@ -245,8 +226,7 @@ WINDOWS = {
 def test_windows_are_those_of_transformers(case, tmp_path):
     family, settings = WINDOWS[case]
     write_target(tmp_path, family, seed=1)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    edit_config(tmp_path, lambda config: config.update(settings))
     tokens = np.random.default_rng(2).integers(0, 24, 20).astype(np.int32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.inference_mode():

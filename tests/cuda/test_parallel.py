@@ -158,35 +158,28 @@ def tokens_of_one_process(tmp_path):
     ]
 
 
-ONE_MACHINE = "--standalone", "--nproc-per-node", "2"
-
-
 # Three processes import PyTorch. `Ranks` runs both ranks in this one.
 @pytest.mark.nightly
-def test_two_processes_give_the_tokens_of_one(tmp_path):
-    """Their trees run in graphs; without graphs they run on two machines."""
-    script = SCRIPT.replace(LOADING, GRAPHS + LOADING)
-    written, codes, printed = start(tmp_path, script, ONE_MACHINE)
-    assert codes == [0], printed[-3000:]
-    captured, other = (json.loads((tmp_path / f"captured{i}").read_text()) for i in (0, 1))
-    assert captured == other
-    assert [succeeded for _, succeeded in captured].count(False) == 1
-    assert len(captured) > len({str(sizes) for sizes, _ in captured}) > 2
+@pytest.mark.parametrize("machines", [1, 2])
+def test_two_processes_give_the_tokens_of_one(tmp_path, machines):
+    """On one machine trees run in graphs; two have an agent each on the loopback interface."""
+    if machines == 1:
+        launchers = [("--standalone", "--nproc-per-node", "2")]
+        script = SCRIPT.replace(LOADING, GRAPHS + LOADING)
+    else:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        rendezvous = f"--rdzv-backend=c10d --rdzv-id=test --rdzv-endpoint=127.0.0.1:{port}"
+        launchers = [(*rendezvous.split(), "--nnodes=2", "--nproc-per-node=1")] * 2
+        script = 'import os\nassert os.environ["LOCAL_WORLD_SIZE"] == "1"\n' + SCRIPT
+    written, codes, printed = start(tmp_path, script, *launchers, GLOO_SOCKET_IFNAME="lo")
+    assert codes == [0] * machines, printed[-3000:]
     assert json.loads(written.read_text()) == tokens_of_one_process(tmp_path)
-
-
-@pytest.mark.nightly
-def test_two_machines_give_the_tokens_of_one(tmp_path):
-    """Two agents on the loopback interface, with a rank each."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    rendezvous = f"--rdzv-backend=c10d --rdzv-id=test --rdzv-endpoint=127.0.0.1:{port}"
-    launcher = *rendezvous.split(), "--nnodes=2", "--nproc-per-node=1"
-    script = 'import os\nassert os.environ["LOCAL_WORLD_SIZE"] == "1"\n' + SCRIPT
-    found = start(tmp_path, script, launcher, launcher, GLOO_SOCKET_IFNAME="lo")
-    written, codes, printed = found
-    assert codes == [0, 0], printed
-    assert json.loads(written.read_text()) == tokens_of_one_process(tmp_path)
+    if machines == 1:
+        captured, other = (json.loads((tmp_path / f"captured{i}").read_text()) for i in (0, 1))
+        assert captured == other
+        assert [succeeded for _, succeeded in captured].count(False) == 1
+        assert len(captured) > len({str(sizes) for sizes, _ in captured}) > 2
 
 
 def test_a_follower_that_fails_ends_its_process(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The commands that train: `adapt`, all of them one after another, and several processes."""
+"""Commands on pairs that draft: `adapt`, those of training, several processes, and the doctor."""
 
 import json
 import shutil
@@ -11,16 +11,24 @@ from failures import failing
 from small_training import ON_CPU, SMALL, VOCAB, texts_of, write_predictable_target, write_prompts
 
 from treeflash.commands import adapt, distill, doctor, evaluate, generate, train
+from treeflash.commands.doctor import PROMPTS
+from treeflash.config import LoadConfig
+from treeflash.diagnosis import diagnose, write_changed
 from treeflash.drafters.folder import read_tensors
 from treeflash.drafters.loading import drafter_config
 from treeflash.errors import PromptError
+from treeflash.hub.models import resolve_drafter
 from treeflash.testing import require
 from treeflash.testing.models import write_drafter
-from treeflash.text.prompt import Row
+from treeflash.text.prompt import Prompting, Row
+from treeflash.text.tokenizer import Tokenizer
 
 require("torch")
 
 import torch
+from treeflash_cuda.backend import CudaBackend
+from treeflash_cuda.drafter_loading import read_drafter
+from treeflash_cuda.target_loading import load_target
 from treeflash_cuda.training import loop
 
 FEW = ["--max-tokens", "24", "--measured", "3", "--sequences", "4", "--anchors", "8"]
@@ -265,3 +273,27 @@ def test_two_processes_train_one_drafter(kind, tmp_path):
     assert validation == pytest.approx(expected[-1]["validation"]["kl_corrected"], rel=1e-2)
     shapes = [{n: t.shape for n, t in read_tensors(f).items()} for f in (alone, together)]
     assert shapes[0] == shapes[1]
+
+
+# The tiny pair passes the same checks.
+@pytest.mark.nightly
+@pytest.mark.parametrize("settings", [{}, {"mask_token_id": 500}])
+def test_the_default_pair(smollm2, tmp_path, settings):
+    """Is found sound, and a word in the place of the mask token is not."""
+    target = load_target(smollm2, LoadConfig(device="cpu", dtype="float32"), pack=True)
+
+    def load(folder):
+        drafter, head = read_drafter(folder, target)
+        target.capture(drafter.config.target_layer_ids)
+        return CudaBackend(target, drafter, head)
+
+    write_changed(resolve_drafter(None, None), tmp_path, settings)
+    prompts = [[{"role": "user", "content": text}] for text in PROMPTS[1:2]]
+    given = tmp_path, Tokenizer.from_folder(smollm2), prompts
+    diagnosis = diagnose(load, *given, prompting=Prompting(), max_tokens=16)
+    found = {x.check: x.message for x in diagnosis.findings if not x.ok}
+    if settings:
+        assert found["mask token"].startswith("mask_token_id ")
+        assert found.keys() <= {"mask token", "depths"}
+    else:
+        assert found == {}
