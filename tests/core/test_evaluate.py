@@ -167,19 +167,6 @@ def test_a_full_disk_loses_no_figures(use, run, model, tmp_path):
     assert report.stat().st_size > 0
 
 
-def test_a_method_that_the_drafter_cannot_do(use, run, scripted):
-    use(scripted("x", head=False))
-    code, _, err = run("--methods", "treeflash")
-    assert (code, "has no AR head" in err) == (2, True)
-
-
-def test_without_a_drafter_the_default_methods_have_nothing_to_measure(use, run, scripted):
-    use(scripted("x", drafter=False))
-    code, out, err = run()
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "no drafter was loaded, which all default methods need" in err
-
-
 def test_unless_methods_are_named_they_are_those_that_the_drafter_can(use, run, model, tmp_path):
     backend = copy(model.backend)
     backend.head = None
@@ -189,9 +176,17 @@ def test_unless_methods_are_named_they_are_those_that_the_drafter_can(use, run, 
     assert {row["method"] for row in found["rows"]} == {"dflash", "ddtree"}
 
 
-def test_texts_that_end_at_once(use, run, scripted, tmp_path):
-    use(scripted("", head=False))
+@pytest.mark.parametrize(
+    ("text", "parts", "methods", "message"),
+    [
+        ("x", {"head": False}, ["--methods", "treeflash"], "has no AR head"),
+        ("x", {"drafter": False}, [], "no drafter was loaded, which all default methods need"),
+        ("", {"head": False}, ["--methods", "ar"], "every text ended with its first token"),
+    ],
+)
+def test_what_cannot_be_measured(use, run, scripted, tmp_path, text, parts, methods, message):
+    use(scripted(text, **parts))
     path = tmp_path / "out.json"
-    code, out, err = run("--methods", "ar", "--output", str(path))
+    code, out, err = run(*methods, "--output", str(path))
     assert (code, out, path.exists()) == (2, "", False)
-    assert "every text ended with its first token" in err
+    assert message in err.splitlines()[-1]

@@ -50,19 +50,14 @@ def test_the_snippets_of_python_run(page, capsys):
     assert shown.count("What is rain?") == 1
 
 
-def test_the_handler_streams_an_answer(page):
+def test_the_handler_streams_an_answer_and_refuses_a_prompt_that_is_too_long(page):
     pytest.importorskip("fastapi")
     from asgi import ask
 
-    answer = ask(page(web=True)["app"], "GET", "/answer?question=hi")
+    app = page(web=True)["app"]
+    answer = ask(app, "GET", "/answer?question=hi")
     assert (answer.status, answer.body) == (200, b"1, 2, 3, 4, 5, 6, 7, 8, 9, 10.")
-
-
-def test_the_handler_refuses_a_prompt_that_is_too_long(page):
-    pytest.importorskip("fastapi")
-    from asgi import ask
-
-    answer = ask(page(web=True)["app"], "GET", f"/answer?question={'hi' * 50_000}")
+    answer = ask(app, "GET", f"/answer?question={'hi' * 50_000}")
     assert answer.status == 400
     assert "tokens" in answer.json()["detail"]
 

@@ -38,8 +38,10 @@ def platform(monkeypatch: pytest.MonkeyPatch, system: str, machine: str) -> None
     monkeypatch.setattr(registry.platform, "machine", lambda: machine)
 
 
-def test_loader_is_the_entry_point(monkeypatch):
-    register(monkeypatch, REFERENCE)
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_loader_is_the_entry_point(monkeypatch, times):
+    """A source tree on the path beside its installation lists everything twice."""
+    register(monkeypatch, *[REFERENCE] * times)
     assert registry.loader("reference") is load_reference
 
 
@@ -66,12 +68,6 @@ def test_a_framework_that_cannot_be_imported(monkeypatch, tmp_path):
         "backend 'broken' cannot be imported (no libtorch.so); update its packages, or install "
         "them again"
     )
-
-
-def test_one_entry_seen_twice_is_not_a_duplicate(monkeypatch):
-    """A source tree on the path beside its installation lists everything twice."""
-    register(monkeypatch, REFERENCE, REFERENCE)
-    assert registry.loader("reference") is load_reference
 
 
 NOWHERE = "a_module_that_must_not_be_imported:load"
@@ -177,20 +173,19 @@ def test_running_on_the_cpu_for_want_of_a_device_is_one_line(error, line):
     assert done.stderr == f"{line}\n"
 
 
-def test_a_device_that_the_user_named_is_not_replaced():
+@pytest.mark.parametrize(
+    ("config", "named", "message"),
+    [
+        (LoadConfig(), True, r"no CUDA device is available; pass --device cpu$"),
+        (LoadConfig(device_map="auto"), False, r"no CUDA device .*, and .*; remove device_map$"),
+    ],
+)
+def test_what_the_user_asked_for_is_not_replaced(config, named, message):
     def run(config: LoadConfig) -> None:
-        raise BackendError("no CUDA device is available")
+        raise BackendError("no CUDA device is available; pass --device cpu")
 
-    with pytest.raises(BackendError, match=r"no CUDA device is available$"):
-        registry.fall_back_to_cpu(run, LoadConfig(), named=True)
-
-
-def test_a_device_map_needs_gpus():
-    def run(config: LoadConfig) -> None:
-        raise BackendError("no CUDA device is available; pass --device cpu to run on the CPU")
-
-    with pytest.raises(BackendError, match=r"no CUDA device .*, and .*; remove device_map$"):
-        registry.fall_back_to_cpu(run, LoadConfig(device_map="auto"), named=False)
+    with pytest.raises(BackendError, match=message):
+        registry.fall_back_to_cpu(run, config, named=named)
 
 
 def test_mlx_says_what_a_translated_python_lacks(monkeypatch):

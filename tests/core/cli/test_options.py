@@ -120,13 +120,6 @@ def test_help_names_the_defaults(shared_parser):
         assert default in text
 
 
-def test_help_exits_with_0(shared_parser):
-    assert isinstance(shared_parser, argparse.ArgumentParser)
-    with pytest.raises(SystemExit) as ended:
-        shared_parser.parse_args(["--help"])
-    assert ended.value.code == 0
-
-
 REQUIRED = {
     train: 'responses = ["a.jsonl", "b.jsonl"]\noutput = "o"\nvalidation = ["v"]\ndevice = "cpu"',
     distill: 'prompts = ["a.jsonl"]\noutput = "o"\ntemperature = [0, 0.5]\ndevice = "cpu"',
@@ -254,11 +247,6 @@ def test_other_exceptions_are_not_caught(error):
 
     with pytest.raises(error):
         main([])
-
-
-def test_success_keeps_its_code(capsys):
-    assert guarded(lambda argv=None: 1)([]) == 1
-    assert capsys.readouterr().err == ""
 
 
 def test_warnings_are_notes_of_one_line():

@@ -115,20 +115,6 @@ def test_a_quantised_target_is_pointed_out():
     assert check_precision({"quantization_config": None}) == []
 
 
-def test_mask_token(problems):
-    found = problems(mask=1)
-    assert found.keys() == {"mask token"}
-    assert found["mask token"].startswith("mask_token_id 1 (<|end|>): the target's tokens are 3.")
-
-
-@pytest.mark.sample(1)
-@pytest.mark.parametrize(("late", "depth"), [(-1, "i + 1"), (1, "i - 1")])
-def test_block_offset(problems, late, depth):
-    found = problems(late=late)
-    assert found["block offset"].startswith(f"row i of the block taken for depth {depth}: the")
-    assert found.keys() == {"block offset", "depths"}  # nothing is right at depth 1
-
-
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("asked", "made_for", "way"),
@@ -163,7 +149,7 @@ def test_mask_candidates(byte_tokenizer):
     assert list(mask_candidates(byte_tokenizer, 1, VOCAB + 1, 2)) == [VOCAB, 0]
 
 
-# Two diagnoses, one of them long; `test_mask_token` has the check.
+# Two diagnoses, one of them long; `test_a_pair_with_one_fault` has the check.
 @pytest.mark.nightly
 def test_a_thorough_diagnosis_tries_more_mask_tokens(folder, byte_tokenizer, monkeypatch):
     monkeypatch.setattr(diagnosis, "MASK_CANDIDATES", 1)

@@ -96,12 +96,12 @@ def test_runs_equal_generations(model, configs):
 def test_texts_decoded_together_give_the_same_records(model, configs):
     stop = frozenset(model.generate(PROMPTS[1], max_tokens=7).token_ids[-1:])
     configs = {case: replace(config, stop_token_ids=stop) for case, config in configs.items()}
-    sets = {"a": PROMPTS, "b": PROMPTS[::-1], "c": [[9, 9], [8, 1]]}
+    sets = {"a": PROMPTS, "b": [[9, 9], [8, 1]]}
     one = run(model.backend, sets, configs)
     lengths = {own.runs[CASES[0]].tokens for samples in one.samples.values() for own in samples}
     assert len(lengths) > 1, "texts never ended at different times"
     records = compute_records(one.samples, 5)
-    for parallel in (2, 7, "auto"):
+    for parallel in (2, "auto"):
         assert compute_records(run(model.backend, sets, configs, parallel).samples, 5) == records
 
 
@@ -322,12 +322,12 @@ def test_reasons(tokens, reason):
     assert rejection_reason(step(*tokens)) == reason
 
 
-def test_marginals_have_every_parent():
-    tokens = np.array([[1, 2], [3, 4]], np.int32)
-    table = TransitionTable.from_marginals(tokens, np.log(np.full((2, 2), 0.5, np.float32)))
-    assert rejection_reason(step(2, 4, table=table)) == "budget_limit"
-    assert rejection_reason(step(2, 5, table=table)) == "child"
-    assert rejection_reason(step(2, 4, 1, table=table)) == "block"
+@pytest.mark.parametrize(
+    ("tokens", "reason"), [((2, 4), "budget_limit"), ((2, 5), "child"), ((2, 4, 1), "block")]
+)
+def test_marginals_have_every_parent(tokens, reason):
+    table = np.array([[1, 2], [3, 4]], np.int32), np.log(np.full((2, 2), 0.5, np.float32))
+    assert rejection_reason(step(*tokens, table=TransitionTable.from_marginals(*table))) == reason
 
 
 @pytest.mark.parametrize(
