@@ -17,14 +17,12 @@ from treeflash.decoding.backend_base import (
     by_outputs,
 )
 from treeflash.decoding.families import refusal
-from treeflash.decoding.hybrid import convolution_tail, convolution_windows
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.reference.backend import load
 from treeflash.reference.verifier import Verifier
-from treeflash.testing.comparisons import path_to, random_tree
 
 
 def test_the_latest_snapshots_are_kept_and_some_that_are_spread_over_the_prompt():
@@ -97,22 +95,6 @@ def test_a_call_that_fails_in_its_second_commit_has_changed_no_sequence(
         session.commit(path)
         assert session.length == 4
         assert sum(len(part) for part in session.state.context) == 4
-
-
-@pytest.mark.parametrize("kernel", [1, 2, 4, 7])
-def test_windows_and_tails_are_those_of_each_path_as_text(kernel):
-    rng = np.random.default_rng(kernel)
-    tree = random_tree(rng, 3, 20, 50)
-    sequence = rng.integers(0, 50, 30)
-    rows = np.concatenate([sequence[len(sequence) - kernel + 1 :], tree.tokens])
-    windows = convolution_windows(tree.parents, kernel)
-    assert windows.dtype == np.int32
-    for node in range(len(tree)):
-        path = path_to(tree, node)
-        whole = np.concatenate([sequence, tree.tokens[path]])
-        np.testing.assert_array_equal(rows[windows[node]], whole[len(whole) - kernel :])
-        tail = rows[convolution_tail(path, kernel)]
-        np.testing.assert_array_equal(tail, whole[len(whole) - kernel + 1 :])
 
 
 def test_refusals_name_the_type_and_the_reason():

@@ -17,11 +17,16 @@ from treeflash.reference.verifier import State
 FAMILIES = ("qwen3", "qwen3_5")  # the second has recurrent layers
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+each_family = pytest.mark.parametrize("pair", FAMILIES, indirect=True)
+
+
+@pytest.fixture(scope="module")
 def pair(request, tmp_path_factory):
-    return stored_pair(tmp_path_factory.mktemp(request.param), request.param)
+    family = getattr(request, "param", "qwen3_5")
+    return stored_pair(tmp_path_factory.mktemp(family), family)
 
 
+@each_family
 @pytest.mark.parametrize("method", ["treeflash", "ar"])
 def test_a_conversation_goes_on_after_a_restart(pair, tmp_path, method):
     """The whole state is restored, and the text is what an uninterrupted process writes."""
@@ -45,6 +50,7 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
+@each_family
 def test_a_grown_conversation_writes_only_what_is_new(pair, tmp_path):
     first = prompt_of(40)
     answer, _ = answered(pair, tmp_path, first)
@@ -59,6 +65,7 @@ def test_a_grown_conversation_writes_only_what_is_new(pair, tmp_path):
     assert process.disk.written_bytes < sizes
 
 
+@each_family
 def test_what_the_drafter_has_not_read_is_written_once(pair, tmp_path):
     """An answer of one token needs no draft, so that the drafter reads nothing."""
     first = prompt_of(40)
@@ -79,6 +86,7 @@ def test_what_the_drafter_has_not_read_is_written_once(pair, tmp_path):
     assert [x for x in names(tmp_path) if "block" in x]
 
 
+@each_family
 def test_conversations_that_begin_alike_share_files(pair, tmp_path):
     beginning = prompt_of(32)
     answered(pair, tmp_path, [*beginning, *prompt_of(8, seed=1)], method="ar")
@@ -92,6 +100,7 @@ def test_conversations_that_begin_alike_share_files(pair, tmp_path):
     assert len(later) - len(blocks) == len(blocks) - 4
 
 
+@each_family
 @pytest.mark.parametrize("other", ["salt", "pair", "method", "block"])
 def test_other_keys_find_nothing(pair, tmp_path, other):
     prompt = prompt_of(40)
@@ -107,6 +116,7 @@ def test_other_keys_find_nothing(pair, tmp_path, other):
         assert process.disk.skipped == 0
 
 
+@each_family
 def test_a_state_that_leaves_memory_comes_back(pair, tmp_path):
     prompts = [[seed + 1, *prompt_of(39, seed=seed)] for seed in range(3)]
     nbytes = 2 * pair.state_nbytes(64, drafts=True)
@@ -119,6 +129,7 @@ def test_a_state_that_leaves_memory_comes_back(pair, tmp_path):
         assert text == texts[0]
 
 
+@each_family
 def test_a_state_that_leaves_memory_before_it_was_copied_comes_back(pair, tmp_path):
     prompt = prompt_of(40)
     with Process(pair, tmp_path) as process:
@@ -257,6 +268,7 @@ def test_a_file_that_another_process_removes_in_between_is_computed(pair, tmp_pa
         assert process.answer(prompt) == (text, (0, 0))
 
 
+@each_family
 def test_an_end_that_does_not_fit_its_blocks_is_computed(pair, tmp_path):
     """The drafter had not read the blocks that are left, as their successors suppose."""
     first = prompt_of(41)

@@ -39,11 +39,6 @@ def test_the_longest_common_prefix_is_found(cache):
     assert cache.find(Prefix("pair", [])) is None
 
 
-def test_keys_do_not_share(cache):
-    cache.put(Prefix(("pair", "salt"), [1, 2]), State())
-    assert cache.find(Prefix(("pair", "other"), [1, 2])) is None
-
-
 def test_the_least_recently_used_falls_out(cache):
     states = [State() for _ in range(4)]
     for n, state in enumerate(states[:3]):
@@ -70,14 +65,6 @@ def test_a_state_of_just_the_caches_size_is_kept(cache):
     assert (state.closed, cache.nbytes) == (False, 30)
 
 
-def test_only_as_many_states_are_closed_as_must_be(cache):
-    states = [State() for _ in range(3)]
-    for n, state in enumerate(states):
-        cache.put(Prefix("pair", [n]), state)
-    cache.shrink(20)
-    assert [state.closed for state in states] == [True, False, False]
-
-
 def test_of_equal_prefixes_the_older_state_is_forked_and_counts_as_used(cache):
     states = [State() for _ in range(3)]
     cache.put(Prefix("pair", [1, 2]), states[0])
@@ -96,14 +83,6 @@ def test_a_longer_state_replaces_its_prefixes(cache):
     assert old.closed
     assert not other.closed
     assert cache.find(Prefix("pair", [1, 2])) == (new, 2)
-
-
-def test_closing_closes_all(cache):
-    states = [State(0), State()]
-    for n, state in enumerate(states):
-        cache.put(Prefix("pair", [n]), state)
-    cache.close()
-    assert all(state.closed for state in states)
 
 
 def test_a_state_with_snapshots_is_found_where_it_can_be_forked(cache):

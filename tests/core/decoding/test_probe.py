@@ -3,20 +3,22 @@
 import json
 import sys
 import types
+from collections import Counter, defaultdict
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from failures import failing
 
 from treeflash import processors
 from treeflash.config import LoadConfig
-from treeflash.decoding import backend_base
 from treeflash.decoding import passed_checks as module
 from treeflash.decoding.images import Image, PromptImages
 from treeflash.decoding.passed_checks import PassedChecks, passed_checks, run_facts
-from treeflash.decoding.probe import ImageSample, check_trees, tree_difference
+from treeflash.decoding.probe import ImageSample, check_trees
 from treeflash.errors import NumericalError, UnsupportedModelError
 from treeflash.reference import numerics
 from treeflash.reference.backend import ReferenceBackend, load
@@ -30,80 +32,63 @@ def backend(tmp_path):
     return load(tmp_path, None, LoadConfig())
 
 
-class SiblingLeak(Verifier):
+class Broken(Verifier):
+    """Runs trees with another mask and other positions, and commits other rows.
+
+    `positions` knows how many rows were rejected, and `rows` how many were run.
+    """
+
+    def __init__(self, target, mask=None, positions=None, rows=None):
+        super().__init__(target)
+        self.mask = mask or (lambda tree: tree.ancestor_mask())
+        self.positions = positions or (lambda tree, start, rejected: tree.positions(start))
+        self.rows = rows or (lambda path, run: path)
+        self.rejected = Counter()
+
     def forward(self, state, tree):
-        causal = np.tri(len(tree), dtype=np.bool_)
-        return self.target.forward(
-            tree.tokens, tree.positions(state.length), causal, state.kv_cache
+        positions = self.positions(tree, state.length, self.rejected[state])
+        return self.target.forward(tree.tokens, positions, self.mask(tree), state.kv_cache)
+
+    def commit_one(self, state, outputs, path):
+        run = len(state.kv_cache.pending[0][0][0])
+        self.rejected[state] += run - len(path)
+        super().commit_one(state, outputs, self.rows(path, run))
+
+
+def causal(tree):
+    return np.tri(len(tree), dtype=np.bool_)
+
+
+def columns(tree, start, rejected):
+    return start + np.arange(len(tree), dtype=np.int32)
+
+
+ON_TREES = {
+    "a node sees all nodes before it": {"mask": causal},
+    "a node stands where it is in the list": {"positions": columns},
+    "a kernel for more than 8 rows ignores the mask": {
+        "mask": lambda tree: causal(tree) if len(tree) > 8 else tree.ancestor_mask()
+    },
+    "a kernel for more than 8 rows ignores positions": {
+        "positions": lambda tree, start, _: (
+            columns(tree, start, 0) if len(tree) > 8 else tree.positions(start)
         )
+    },
+}
+AFTER_COMMITS = {
+    "the first rows are kept": {"rows": lambda path, run: np.arange(len(path))},
+    "the whole tree is kept": {"rows": lambda path, run: np.arange(run)},
+    "the last row is forgotten": {
+        "rows": lambda path, run: path if len(path) == run else path[:-1]
+    },
+    "rejected rows count as positions": {
+        "positions": lambda tree, start, rejected: tree.positions(start + rejected)
+    },
+}
 
 
-class PositionIsColumn(Verifier):
-    def forward(self, state, tree):
-        positions = state.length + np.arange(len(tree), dtype=np.int32)
-        return self.target.forward(tree.tokens, positions, tree.ancestor_mask(), state.kv_cache)
-
-
-class LeakInLargeTrees(Verifier):
-    """As if a kernel for more than 8 rows ignored the mask."""
-
-    def forward(self, state, tree):
-        broken = SiblingLeak if len(tree) > 8 else Verifier
-        return broken.forward(self, state, tree)
-
-
-class ColumnsInLargeTrees(Verifier):
-    def forward(self, state, tree):
-        broken = PositionIsColumn if len(tree) > 8 else Verifier
-        return broken.forward(self, state, tree)
-
-
-class CommitsFirstRows(Verifier):
-    """The cache keeps the tree's first rows instead of the accepted ones."""
-
-    def commit_one(self, state, outputs, path):
-        super().commit_one(state, outputs, np.arange(len(path), dtype=np.int32))
-
-
-class CommitsWholeTree(Verifier):
-    def commit_one(self, state, outputs, path):
-        rows = len(state.kv_cache.pending[0][0][0])
-        super().commit_one(state, outputs, np.arange(rows, dtype=np.int32))
-
-
-class ForgetsLastRow(Verifier):
-    def commit_one(self, state, outputs, path):
-        whole = path[-1] == len(path) - 1  # a prompt
-        super().commit_one(state, outputs, path if whole else path[:-1])
-
-
-class PositionCountsRejected(Verifier):
-    """After a commit, positions count every row that was run, accepted or not."""
-
-    def forward(self, state, tree):
-        positions = tree.positions(state.length + getattr(state, "rejected", 0))
-        return self.target.forward(tree.tokens, positions, tree.ancestor_mask(), state.kv_cache)
-
-    def commit_one(self, state, outputs, path):
-        rejected = len(state.kv_cache.pending[0][0][0]) - len(path)
-        state.rejected = getattr(state, "rejected", 0) + rejected
-        super().commit_one(state, outputs, path)
-
-
-class Crash(Verifier):
-    def logits(self, trees):
-        if any(len(tree) > 1 for _, tree in trees):
-            raise IndexError("two rows at once")
-        return super().logits(trees)
-
-
-class NotFinite(Verifier):
-    def logits(self, trees):
-        raise NumericalError("overflow")
-
-
-def broken(backend: ReferenceBackend, verifier: type[Verifier]) -> ReferenceBackend:
-    backend.verifier = verifier(backend.target)
+def broken(backend: ReferenceBackend, verifier=Broken, **functions) -> ReferenceBackend:
+    backend.verifier = verifier(backend.target, **functions)
     return backend
 
 
@@ -112,51 +97,22 @@ def test_a_target_that_branches_passes(backend, seed):
     check_trees(backend, seed)
 
 
-@pytest.mark.parametrize(
-    ("verifier", "where"),
-    {
-        SiblingLeak: "on",
-        PositionIsColumn: "on",
-        LeakInLargeTrees: "on",
-        ColumnsInLargeTrees: "on",
-        CommitsFirstRows: "after",
-        CommitsWholeTree: "after",
-        ForgetsLastRow: "after",
-        PositionCountsRejected: "after",
-    }.items(),
-)
+@pytest.mark.parametrize("name", [*ON_TREES, *AFTER_COMMITS])
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(1, 5))]
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_target_that_does_not_is_refused(backend, verifier, where, seed, dtype):
+def test_a_target_that_does_not_is_refused(backend, name, seed, dtype):
     backend.dtype = dtype  # the wider tolerance still tells them apart
-    cause = {"on": "tree attention", "after": "committing a path"}[where]
+    cause = "tree attention" if name in ON_TREES else "committing a path"
     expected = rf"{cause} changes this model's logits .*relative error .*method ar still works"
     with pytest.raises(UnsupportedModelError, match=expected):
-        check_trees(broken(backend, verifier), seed)
-
-
-@pytest.mark.parametrize("verifier", [LeakInLargeTrees, CommitsFirstRows])
-def test_a_small_tree_alone_would_not_notice(backend, verifier):
-    assert tree_difference(broken(backend, verifier), np.random.default_rng(0)) < 1e-4
+        check_trees(broken(backend, **(ON_TREES | AFTER_COMMITS)[name]), seed)
 
 
 def test_a_target_of_few_positions_passes(tmp_path):
     write_target(tmp_path, "llama", seed=1, max_positions=16)
     check_trees(load(tmp_path, None, LoadConfig()))
-
-
-class WrongMask(Verifier):
-    def forward(self, state, tree):
-        mask = tree.ancestor_mask()[:, :-1] if len(tree) > 1 else tree.ancestor_mask()
-        return self.target.forward(tree.tokens, tree.positions(state.length), mask, state.kv_cache)
-
-
-def test_an_error_of_the_backend_is_not_one_of_the_model(backend):
-    """It would be reported as an unsupported model, and mended by nobody."""
-    with pytest.raises(ValueError, match="broadcast"):
-        check_trees(broken(backend, WrongMask))
 
 
 def test_an_error_of_the_backend_below_a_framework_is_not_one_of_the_model(backend, monkeypatch):
@@ -172,90 +128,66 @@ def test_an_error_of_the_backend_below_a_framework_is_not_one_of_the_model(backe
 
 
 def test_a_crash_of_the_model_is_a_refusal_that_says_why(backend):
+    def crash(tree):
+        raise IndexError("two rows at once")
+
     with pytest.raises(UnsupportedModelError, match=r"two rows at once.*method ar") as caught:
-        check_trees(broken(backend, Crash))
+        check_trees(broken(backend, mask=crash))
     assert isinstance(caught.value.__cause__, IndexError)
 
 
 def test_other_errors_pass_through(backend):
-    with pytest.raises(NumericalError, match="overflow"):
-        check_trees(broken(backend, NotFinite))
+    with (
+        failing(backend.verifier, "logits", NumericalError("overflow")),
+        pytest.raises(NumericalError, match="overflow"),
+    ):
+        check_trees(backend)
 
 
 class Exact(Verifier):
-    """Logits that depend on the text up to a node alone, bit for bit."""
+    """Logits that depend on the text up to a node alone, bit for bit, but for a relative error.
+
+    The error is a function of what a state has seen, counted by name, and of the tree.
+    """
+
+    def __init__(self, target, error=lambda seen, tree: 0.0):
+        super().__init__(target)
+        self.error = error
+        self.seen = defaultdict(Counter)
+
+    def run(self, work):
+        found = super().run(work)
+        for item in work:
+            self.seen[item.state] += Counter(chunks=1, prompt=len(item.token_ids))
+        return found
+
+    def logits(self, trees):
+        longest = max(state.length for state, _ in trees)
+        for state, _ in trees:
+            self.seen[state]["padded"] = int(state.length < longest)
+        return super().logits(trees)
 
     def forward(self, state, tree):
         _, outputs = super().forward(state, tree)
         texts = ([*state.tokens, *tree.tokens[row].tolist()] for row in tree.ancestor_mask())
         logits = [np.random.default_rng(x).normal(size=self.target.vocab_size) for x in texts]
-        logits = np.array(logits, np.float32) * np.float32(1 + self.error(state, tree))
-        return logits, outputs
-
-    def error(self, state, tree):
-        """The relative error of logits."""
-        return 0.0
-
-
-class InexactChunks(Exact):
-    """As if all keys were rounded once more for each chunk of a prompt."""
-
-    def run(self, work):
-        found = super().run(work)
-        for item in work:
-            item.state.chunks = getattr(item.state, "chunks", 0) + 1
-        return found
-
-    def error(self, state, tree):
-        return getattr(state, "chunks", 0) / 512
-
-
-class InexactBatches(Exact):
-    """As if shorter sequences were padded to the longest one, which changes the order of sums."""
-
-    def logits(self, trees):
-        found = super().logits(trees)
-        longest = max(state.length for state, _ in trees)
-        errors = [np.float32(1 + (state.length < longest) / 512) for state, _ in trees]
-        return replace(found, logits=list(map(np.multiply, found.logits, errors)))
-
-
-class InexactTrees(Exact):
-    """As if one row had another kernel than several."""
-
-    def error(self, state, tree):
-        return (len(tree) > 1) / 512
-
-
-class InexactPaths(Exact):
-    """As if keys were rounded when they move to the place of rejected ones."""
+        factor = np.float32(1 + self.error(self.seen[state], tree))
+        return np.array(logits, np.float32) * factor, outputs
 
     def commit_one(self, state, outputs, path):
         super().commit_one(state, outputs, path)
-        state.moved = getattr(state, "moved", 0) + int(path[-1] >= len(path))
-
-    def error(self, state, tree):
-        return getattr(state, "moved", 0) / 512
+        self.seen[state]["moved"] += int(path[-1] >= len(path))
 
 
-class InexactPrompts(Exact):
-    """As if prompts and sampled tokens had keys that are rounded in different ways."""
-
-    def run(self, work):
-        found = super().run(work)
-        for item in work:
-            item.state.prompt = item.state.length
-        return found
-
-    def error(self, state, tree):
-        return getattr(state, "prompt", 0) / 2**16
-
-
-class InexactForks(InexactPrompts):
-    """As if a copy of keys lost their last bits."""
-
-    def error(self, state, tree):
-        return (not hasattr(state, "prompt")) / 512
+INEXACT = {
+    "a prompt in other chunks": lambda seen, tree: seen["chunks"] / 512,
+    "another sequence in the batch": lambda seen, tree: seen["padded"] / 512,
+    "a draft tree": lambda seen, tree: (len(tree) > 1) / 512,
+    "committing a path": lambda seen, tree: seen["moved"] / 512,
+    "a prompt in the place of sampled tokens": lambda seen, tree: seen["prompt"] / 2**16,
+    "a fork": lambda seen, tree: (not seen["prompt"]) / 512,
+}
+"""By operation, an error of the logits after it, as if something were rounded once more."""
 
 
 @pytest.mark.parametrize("positions", [16, 256])
@@ -266,21 +198,11 @@ def test_a_target_whose_logits_depend_on_the_text_alone_is_exact(tmp_path, posit
     assert backend.inexact is None
 
 
-@pytest.mark.parametrize(
-    ("verifier", "operation"),
-    {
-        InexactChunks: "a prompt in other chunks",
-        InexactBatches: "another sequence in the batch",
-        InexactTrees: "a draft tree",
-        InexactPaths: "committing a path",
-        InexactPrompts: "a prompt in the place of sampled tokens",
-        InexactForks: "a fork",
-    }.items(),
-)
-def test_what_changes_a_bit_is_named(backend, verifier, operation):
+@pytest.mark.parametrize("operation", INEXACT)
+def test_what_changes_a_bit_is_named(backend, operation):
     expected = f"exact mode is not possible for this target: {operation} changes its logits"
     with pytest.raises(UnsupportedModelError, match=f"^{expected}$"):
-        broken(backend, verifier).check_exact()
+        broken(backend, Exact, error=INEXACT[operation]).check_exact()
     assert backend.inexact is not None
 
 
@@ -449,29 +371,11 @@ def test_the_number_that_a_check_found_is_kept(tmp_path):
     assert PassedChecks().find("rows", lambda: 64) == 64
 
 
-class Target:
-    """What `BaseBackend` reads of a target."""
-
-    dtype, vocab_size, max_positions = "float32", 8, 8
-
-
-def test_only_passes_are_kept(tmp_path, monkeypatch):
-    found: list[bool] = []
-
-    def check(backend) -> None:
-        found.append(len(found) > 0)
-        if not found[-1]:
-            raise UnsupportedModelError("it differs")
-
-    monkeypatch.setattr(backend_base, "check_trees", check)
-
-    def load() -> backend_base.BaseBackend:
-        backend = backend_base.BaseBackend(Target(), None, None)
-        backend.passed = PassedChecks(tmp_path / "checks.json")
-        return backend
-
-    with pytest.raises(UnsupportedModelError):
-        load().check_trees()
-    load().check_trees()
-    load().check_trees()
-    assert found == [False, True], "the third load knows that the check passed"
+def test_only_passes_are_kept(backend, tmp_path):
+    """The last load knows that the check passed."""
+    sound, wrong = {}, ON_TREES["a node sees all nodes before it"]
+    for functions, is_refused in ((wrong, True), (wrong, True), (sound, False), (wrong, False)):
+        loaded = broken(ReferenceBackend(backend.target, None), **functions)
+        loaded.passed = PassedChecks(tmp_path / "checks.json")
+        with pytest.raises(UnsupportedModelError) if is_refused else nullcontext():
+            loaded.check_trees()

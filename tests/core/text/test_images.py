@@ -193,6 +193,6 @@ class TestHostileFiles:
             read_image(data[:end] + scan * 300 + data[end:])
 
     def test_a_text_that_expands_is_not_kept(self):
-        bomb = chunk(b"zTXt", b"a\0\0" + zlib.compress(b"\0" * (100 << 20)))
+        bomb = chunk(b"zTXt", b"a\0\0" + zlib.compress(b"\0" * (4 << 20)))
         head, tail = PNG[:33], PNG[33:]
         assert reads_or_tells(head + bomb + tail)
