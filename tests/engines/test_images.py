@@ -75,9 +75,9 @@ def test_text_is_that_of_generate_in_a_batch_with_other_images_and_text(vision):
     prompts = [*vision.prompts, vision.encode("abcdabcd")]
     expected = [*vision.expected, vision.reference(prompts[-1])]
     assert len(set(map(tuple, expected))) == len(expected)
-    for size in (1000, 5, 1):
+    for size in (1000, 5):
         assert vision.decode(prompts, size) == expected
-    assert vision.decode(prompts[1:2], 3) == expected[1:2]
+    assert vision.decode(prompts[1:2], 1) == expected[1:2]
 
 
 @pytest.mark.sample(2)
