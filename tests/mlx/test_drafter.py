@@ -4,14 +4,18 @@ import json
 
 import numpy as np
 import pytest
+from byte_tokens import save_tokenizer
+from families import LAYERS
 from mtp_pairs import write_mtp_pair
 from recordings import recording
+from safetensors.numpy import save_file
 
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding.session import SequenceSession
 from treeflash.drafters.folder import read_config
 from treeflash.drafters.mtp_heads import Experts
 from treeflash.drafters.mtp_layer import Router
+from treeflash.language_model import load as load_model
 from treeflash.testing import require
 from treeflash.testing.comparisons import generate
 from treeflash.testing.models import write_dialect, write_pair
@@ -144,6 +148,20 @@ def test_a_drafter_is_quantised_like_its_target(quantised_pair, monkeypatch):
         texts.append(generate(backend, [1, 2, 3], config))
     assert kinds == [nn.QuantizedLinear, nn.Linear]
     assert texts[0] == texts[1]
+
+
+def test_an_incomplete_head_of_glm_4_7_flash_is_passed_over(families, tmp_path, caplog):
+    families.write(tmp_path, "glm4_moe_lite", vocab_size=300)
+    save_tokenizer(tmp_path)
+    head = {f"model.layers.{LAYERS}.eh_proj.weight": np.zeros((2, 2), np.float32)}
+    save_file(head, tmp_path / "mtp.safetensors")
+    model = load_model(tmp_path, device="cpu", backend="mlx", dtype="float32")
+    line = caplog.messages[0]
+    assert f"the MTP head in {tmp_path} is skipped: {tmp_path} lacks the tensor" in line
+    plain = load_model(tmp_path, False, device="cpu", backend="mlx", dtype="float32")
+    text = model.generate("hi", max_tokens=16)
+    assert text.method == "suffix"
+    assert text.token_ids == plain.generate("hi", max_tokens=16, method="ar").token_ids
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
