@@ -62,14 +62,14 @@ def lines(caplog):
 
 
 def test_a_share_below_half_is_reported_once(evaluated, lines):
-    acceptance = AcceptanceMonitor(evaluated(0.8))
-    add(acceptance, DRAFTS // 2)
-    assert (acceptance.share, acceptance.is_low, lines()) == (0.5, False, [])
+    acceptance = AcceptanceMonitor(evaluated(0.5))
+    add(acceptance, DRAFTS // 4)
+    assert (acceptance.share, acceptance.is_low, lines()) == (0.25, False, [])
     for _ in range(2):
-        add(acceptance, DRAFTS // 4)
+        add(acceptance, DRAFTS // 4 - 1)
         assert acceptance.is_low
     (line,) = lines()
-    assert "right in 25% of 128 drafts, and in the drafter's own evaluation it was in 80%" in line
+    assert "right in 24% of 128 drafts, and in the drafter's own evaluation it was in 50%" in line
     assert "\n" not in line
     add(acceptance, DRAFTS)
     assert not acceptance.is_low

@@ -425,10 +425,17 @@ class ModelPool:
         self.in_memory.remove(stay)
         if stay.ends is not None:
             stay.ends.cancel()
-        await asyncio.to_thread(service.engine.stop)
-        model.metrics.count_unload(reason)
+        engines = [service.engine]
         del service
-        await asyncio.to_thread(gc.collect)
+
+        def free() -> None:
+            # A thread may keep for a moment what it was given to run, here this list: it is empty
+            # before the garbage is collected, or the next load would miss the memory.
+            engines.pop().stop()
+            gc.collect()
+
+        await asyncio.to_thread(free)
+        model.metrics.count_unload(reason)
         logger.info("%s put away (%s)", model.name, reason)
 
 
