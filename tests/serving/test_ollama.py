@@ -51,12 +51,6 @@ def test_lines_are_the_default_and_have_no_events(server):
     assert all(set(line) >= {"model", "created_at", "message", "done"} for line in lines)
 
 
-def test_json_is_an_object(client):
-    options = {"num_predict": 40, "temperature": 0.3}
-    found = client.generate(NAME, "Hello.", format="json", options=options, think=False)
-    assert found.response.lstrip().startswith("{")
-
-
 def test_a_raw_prompt_has_no_template(client, server):
     found = client.generate(NAME, "Hello.", raw=True, options=SHORT)
     expected = server.complete("Hello.", max_tokens=12).json()["choices"][0]["text"]

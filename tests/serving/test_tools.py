@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from servers import serving
+from bodies import chat, ollama, text
+from servers import serving, submitted
 from tool_models import CHAT_TEMPLATE, RESPONSE_TEMPLATE, tool_model
 
 PATH = "/v1/chat/completions"
@@ -81,21 +82,31 @@ def test_structured_output(server, path, fields):
         assert response.status_code == 200, response.text
         choices = response.json()["choices"]
         texts = tuple(x["message"]["content"] if path == PATH else x["text"] for x in choices)
-        for text in texts:
-            if "!" in text:
-                assert text in ("red!", "blue!")
+        for found in texts:
+            if "!" in found:
+                assert found in ("red!", "blue!")
             else:
-                assert json.loads(text)["colour"] in ("red", "blue")
+                assert json.loads(found)["colour"] in ("red", "blue")
         seen.add(texts)
     assert len(seen) == 1, "drafting changes nothing"
 
 
-def test_json_object(server):
-    response = server.chat(response_format={"type": "json_object"}, max_tokens=60)
-    found, reason = message(response)
-    assert found["content"].lstrip().startswith("{")
-    if reason == "stop":
-        assert isinstance(json.loads(found["content"]), dict)
+@pytest.mark.parametrize(
+    "request_",
+    [
+        chat(response_format={"type": "json_object"}, reasoning_effort="none"),
+        text(response_format={"type": "json_object"}),
+        ollama("chat", messages=HELLO, format="json", think=False),
+        ollama("generate", prompt="Hello.", format="json", think=False),
+    ],
+    ids=["Chat", "Completions", "OllamaChat", "OllamaPrompt"],
+)
+def test_json_is_any_object(server, request_):
+    answer = submitted(server, *request_)
+    for value in ("{}", '{"a": [1, "b", {"c": null}], "d": true}'):
+        assert answer.accepts(value), value
+    for wrong in ("", "Hello.", "[1]", '"a"', "1", '{"a": 1', '{"a": 1} b', "{a: 1}"):
+        assert not answer.accepts(wrong), wrong
 
 
 @pytest.mark.parametrize("strict", [False, True])
