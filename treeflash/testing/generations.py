@@ -95,7 +95,7 @@ class GenerationTests:
         clock = SimpleNamespace(perf_counter=lambda: 1e-3 * next(ticks))
         monkeypatch.setattr(iteration, "time", clock)  # every phase takes a millisecond
         prompt = prompt_of(models.reference, 3)
-        auto = DecodeConfig(budget="auto", sampling=sampling, max_tokens=24)
+        auto = DecodeConfig(budget="auto", sampling=sampling, max_tokens=16)
         plain = generate(models.tested, prompt, replace(auto, method="ar"))
         # Drafting always pays, then it never does.
         for method, pauses in product(DRAFTING, (False, True)):
