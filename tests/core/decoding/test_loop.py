@@ -209,31 +209,26 @@ UNKNOWN = (
     "was it encoded with another model's tokenizer?"
 )
 
+NO_DRAFTER = "a drafter and none was loaded; load a drafter (--drafter), or use method suffix or ar"
+NO_HEAD = "an AR head, and the loaded drafter has no AR head; use method ddtree or dflash"
+
 
 class TestChecks:
     """All of them come before the iterator is asked for its first step."""
 
-    @pytest.mark.parametrize("method", DRAFTING)
-    def test_no_drafter(self, method):
+    @pytest.mark.parametrize(
+        ("missing", "method", "message"),
+        [
+            *(("drafter_config", method, NO_DRAFTER) for method in DRAFTING),
+            *(("head", method, NO_HEAD) for method in ("treeflash", "treeflash-chain")),
+        ],
+    )
+    def test_no_drafter_and_no_head(self, missing, method, message):
         backend = scripted(SCRIPT)
-        backend.drafter_config = backend.head = None
+        setattr(backend, missing, None)
         with pytest.raises(ConfigError) as caught:
             decode(backend, request_of(method=method))
-        assert str(caught.value) == (
-            f"method {method} needs a drafter and none was loaded; load a drafter (--drafter), "
-            "or use method suffix or ar"
-        )
-
-    @pytest.mark.parametrize("method", ["treeflash", "treeflash-chain"])
-    def test_no_head(self, method):
-        backend = scripted(SCRIPT)
-        backend.head = None
-        with pytest.raises(ConfigError) as caught:
-            decode(backend, request_of(method=method))
-        assert str(caught.value) == (
-            f"method {method} needs an AR head, and the loaded drafter has no AR head; "
-            "use method ddtree or dflash"
-        )
+        assert str(caught.value) == f"method {method} needs {message}"
 
     def test_what_works_with_less(self):
         backend = scripted(SCRIPT)

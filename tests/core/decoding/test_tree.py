@@ -213,13 +213,6 @@ def test_the_table_of_a_tree_keeps_its_paths_apart_and_sorts_children():
     assert again.tokens.tolist() == [ROOT, 2, 5, 9, 1, 5, 8]
 
 
-def test_a_tree_of_equally_probable_paths_has_a_table():
-    tree = DraftTree.from_parents(
-        np.array([ROOT, 1, 2, 3], np.int32), np.array([-1, 0, 0, 1], np.int32)
-    )
-    assert paths_of(build_tree(tree.as_table(), ROOT, 4)) == paths_of(tree)
-
-
 def naive_walk(tree: DraftTree, chosen: np.ndarray) -> tuple[list[int], list[int]]:
     path, tokens = [0], [int(chosen[0])]
     while True:

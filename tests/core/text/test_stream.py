@@ -22,6 +22,8 @@ from treeflash.decoding.iteration import RunningSequence
 from treeflash.errors import ConfigError, NumericalError
 from treeflash.language_model import load
 
+PROMPTS = ["one", "two and three", [{"role": "user", "content": "four"}], [5, 6, 7]]
+
 
 @pytest.fixture
 def model(tiny_pair):
@@ -30,14 +32,13 @@ def model(tiny_pair):
 
 
 def test_many_texts_are_those_of_one_at_a_time(model):
-    prompts = ["one", "two and three", [{"role": "user", "content": "four"}], [5, 6, 7]]
     options = {"max_tokens": 20, "temperature": 1.0, "seed": 3, "budget": 6}
     stop = model.generate("one", **options).text[7:9]
     options["stop"] = [stop, stop[0]]
-    alone = [model.generate(prompt, **options) for prompt in prompts]
+    alone = [model.generate(prompt, **options) for prompt in PROMPTS]
     assert len({len(generation.token_ids) for generation in alone}) > 1
-    for parallel in (1, 2, 4, "auto"):
-        found = dict(model.generate_many(prompts, parallel=parallel, **options))
+    for parallel in (1, 3, "auto"):
+        found = dict(model.generate_many(PROMPTS, parallel=parallel, **options))
         assert [found[i].text for i in range(4)] == [generation.text for generation in alone]
         for i, generation in enumerate(alone):
             assert found[i].token_ids == generation.token_ids
@@ -151,8 +152,6 @@ def test_log_probs_end_with_the_tokens_of_a_text_that_a_stop_string_cut(model):
 TEXT = "The quick brown fox, ünd 👋🏽 so on; the end of it."
 
 FOREVER = {"max_tokens": 380, "stop_token_ids": (), "method": "ar"}
-
-PROMPTS = ["one", "two and three", [{"role": "user", "content": "four"}], [5, 6, 7]]
 
 
 def join_thread() -> None:
@@ -336,6 +335,24 @@ def test_a_stream_that_nobody_keeps_ends(model, gate, closing):
 
     asyncio.run(run())
     assert gate.passes <= 2
+
+
+def test_a_timeout_ends_a_text_and_not_the_others(model, gate):
+    options = {"max_tokens": 30, "method": "ar"}
+
+    async def run():
+        other = asyncio.ensure_future(model.agenerate("other", **options))
+        stream = model.astream("hi", **FOREVER)
+        gate.allow(3)
+        await anext(stream)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(stream.run(), 0.01)
+        assert [chunk async for chunk in stream] == []
+        gate.allow()
+        return await asyncio.wait_for(other, 30)
+
+    found = asyncio.run(run())
+    assert found.token_ids == model.generate("other", **options).token_ids
 
 
 def test_a_text_ends_with_its_event_loop(model, gate, closing):
