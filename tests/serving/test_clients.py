@@ -15,12 +15,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
-import anthropic
 import ollama
 import openai
 import pytest
 from scripted_model import reference_model
-from servers import MAX_POSITIONS, NAME, serving, wait_until
+from servers import NAME, serving, wait_until
 from several_models import NAMES
 from tool_models import COLOUR, tool_model
 
@@ -55,31 +54,6 @@ def client(several):
 
 def loaded(client):
     return {model.model for model in client.ps().models}
-
-
-def test_openai(several, texts):
-    with openai.OpenAI(base_url=f"{several.url}/v1", api_key="-", max_retries=0) as client:
-        listed = {model.id: model.max_model_len for model in client.models.list()}
-        assert listed == {name: MAX_POSITIONS - i for i, name in enumerate(NAMES)}
-        assert client.models.retrieve("two").owned_by == "treeflash"
-        for name in NAMES:
-            asked = {"model": name, "messages": USER, "max_tokens": TOKENS}
-            answer = client.chat.completions.create(**asked)
-            assert (answer.model, answer.choices[0].message.content) == (name, texts[name])
-        with pytest.raises(openai.NotFoundError, match="this server has One, two, org/three"):
-            client.models.retrieve("four")
-
-
-def test_anthropic(several, texts):
-    with anthropic.Anthropic(base_url=several.url, api_key="-", max_retries=0) as client:
-        listed = {model.id: model.max_input_tokens for model in client.models.list()}
-        assert listed == {name: MAX_POSITIONS - i for i, name in enumerate(NAMES)}
-        assert client.models.retrieve("two").max_input_tokens == listed["two"]
-        for name in NAMES:
-            answer = client.messages.create(model=name, messages=USER, max_tokens=TOKENS)
-            assert (answer.model, answer.content[0].text) == (name, texts[name])
-        with pytest.raises(anthropic.NotFoundError, match="the model 'four' does not exist"):
-            client.messages.create(model="four", messages=USER, max_tokens=TOKENS)
 
 
 def test_ollama(client, texts):
