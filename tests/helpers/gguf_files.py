@@ -78,6 +78,19 @@ def write_gguf(
     return weights
 
 
+def scaling(kind: str, **settings: float) -> Callable[[gguf.GGUFWriter], None]:
+    """Return an addition of stretched rotary embeddings, for `write_gguf`."""
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_string("llama.rope.scaling.type", kind)
+        writer.add_float32("llama.rope.scaling.factor", 4.0)
+        writer.add_uint32("llama.rope.scaling.original_context_length", 32)
+        for name, value in settings.items():
+            writer.add_float32(f"llama.rope.scaling.{name}", value)
+
+    return add
+
+
 def finish(writer: gguf.GGUFWriter) -> None:
     """Write all that was added to a file."""
     writer.write_header_to_file()

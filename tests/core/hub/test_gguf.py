@@ -2,7 +2,6 @@
 
 import errno
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -12,7 +11,7 @@ from failures import failing
 from gguf import GGML_QUANT_SIZES, ReaderTensor
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
-from gguf_files import HEADS, HIDDEN, KV_HEADS, USER_DEFINED, finish, write_gguf
+from gguf_files import HEADS, HIDDEN, KV_HEADS, USER_DEFINED, finish, scaling, write_gguf
 from tokenizers import Tokenizer
 
 from treeflash.errors import CheckpointError
@@ -89,17 +88,6 @@ def test_other_and_damaged_gguf_files_are_refused(tmp_path):
         pytest.raises(CheckpointError, match=r"junk\.gguf cannot be read: Permission denied"),
     ):
         convert_gguf(tmp_path / "junk.gguf", tmp_path)
-
-
-def scaling(kind: str, **settings: float) -> Callable[[gguf.GGUFWriter], None]:
-    def add(writer: gguf.GGUFWriter) -> None:
-        writer.add_string("llama.rope.scaling.type", kind)
-        writer.add_float32("llama.rope.scaling.factor", 4.0)
-        writer.add_uint32("llama.rope.scaling.original_context_length", 32)
-        for name, value in settings.items():
-            writer.add_float32(f"llama.rope.scaling.{name}", value)
-
-    return add
 
 
 @pytest.mark.parametrize(

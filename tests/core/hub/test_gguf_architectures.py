@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import tokenizers
-from gguf_files import finish
+from gguf_files import finish, scaling, write_gguf
 from tokenizers.pre_tokenizers import ByteLevel
 
 from treeflash.commands import models as models_command
@@ -193,6 +193,13 @@ def test_a_converted_model_is_the_written_one(name, tmp_path):
     ids = torch.tensor([PROMPT])
     with torch.inference_mode():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_factor_of_no_scaling_stretches_nothing(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", add=scaling("none"))
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 100000.0}
 
 
 def test_a_model_in_parts_is_one_model(tmp_path):
