@@ -47,9 +47,12 @@ M = TypeVar("M", bound=nn.Module)
 def load_drafter(folder: Path, target: Target, config: LoadConfig) -> tuple[Model, Head | None]:
     """Load a drafter, packed for the device; the target keeps the outputs that it reads."""
     model, head = read_drafter(folder, target)
+    captured = {*model.config.target_layer_ids}
     if isinstance(model, MtpModel):
         refuse_window(config)
-    target.capture(model.config.target_layer_ids)
+        if target.tower is not None:
+            captured.add(-1)  # embeddings that have features of images; see `Verifier.forward`
+    target.capture(sorted(captured))
     bits = choose_draft_bits(config.draft_bits, target)
     model.operations = load_drafter_operations(model.config, target, bits)
     pack_drafter(model, head, target, bits)

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -31,7 +31,7 @@ from treeflash_cuda.cpu.threads import Threads, cpu_threads
 from treeflash_cuda.gpu.graphs import Graphs
 from treeflash_cuda.gpu.kernels import CausalAttention
 from treeflash_cuda.gpu.state_arena import StateArena
-from treeflash_cuda.images import ImageRows, VisionTower
+from treeflash_cuda.images import VisionTower
 from treeflash_cuda.linear import token_products
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.operations import Operations
@@ -62,8 +62,6 @@ class RowsResult:
 
     logits: Logits
     rows: list[PassRows[State]]
-    # features of images that stand in the place of a prompt's tokens, by index of the sequence
-    images: Mapping[int, ImageRows] = field(default_factory=dict)
 
     @classmethod
     def of_pass(
@@ -72,7 +70,6 @@ class RowsResult:
         rows: Sequence[Rows],
         outputs: dict[int, Tensor],
         firsts: Iterable[int],
-        images: ImageRows | None = None,
         written: Sequence[Any] = (),
     ) -> RowsResult:
         """Return the result of one pass.
@@ -82,7 +79,6 @@ class RowsResult:
             rows: the sequences, with their trees or next tokens.
             outputs: outputs of captured layers, by layer.
             firsts: index of each sequence's first row in the outputs.
-            images: features of images in the only sequence of the pass.
             written: what recurrent layers wrote for each sequence; empty without such layers.
         """
         shared = Outputs(outputs)
@@ -92,7 +88,7 @@ class RowsResult:
                 rows, firsts, written or [None] * len(rows), strict=True
             )
         ]
-        return cls(logits, parts, {} if images is None else {0: images})
+        return cls(logits, parts)
 
     @classmethod
     def joined(cls, passes: Sequence[tuple[Sequence[int], RowsResult]]) -> RowsResult:
@@ -101,8 +97,7 @@ class RowsResult:
             return passes[0][1]
         logits = Logits.of_passes([(members, found.logits) for members, found in passes])
         rows = {i: part for x, found in passes for i, part in zip(x, found.rows, strict=True)}
-        images = {x[i]: part for x, found in passes for i, part in found.images.items()}
-        return cls(logits, [rows[i] for i in sorted(rows)], images)
+        return cls(logits, [rows[i] for i in sorted(rows)])
 
 
 def token_ids(tokens: DraftTree | Sequence[int]) -> NDArray[np.int32]:

@@ -25,8 +25,8 @@ from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.cache import Slab
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import DrafterModel
+from treeflash_cuda.gpu.row_pass import has_features
 from treeflash_cuda.gpu.state_arena import TreeWrites, WrittenTree
-from treeflash_cuda.images import ImageRows
 from treeflash_cuda.mtp_head import MtpModel
 from treeflash_cuda.numerics import upload_all
 from treeflash_cuda.recurrent_states import CommittedStates, SequenceWrites
@@ -110,9 +110,15 @@ class Verifier:
         if self.target.threads is not None:
             self.target.threads.update(self.target.is_compiled)
         found = self.target.run_rows(rows, needs_logits)
-        parts = list(found.rows)
-        for i, images in found.images.items():
-            parts[i] = replace(parts[i], merged=self._merged(rows[i][0], parts[i].tokens, images))
+        if not isinstance(self.drafter, MtpModel) or self.target.tower is None:
+            return found
+        # The head reads embeddings, in which features of images stand.
+        parts = [
+            replace(part, merged=self._merged(self.drafter, part))
+            if part.state.drafter is not None and has_features(*row)
+            else part
+            for part, row in zip(found.rows, rows, strict=True)
+        ]
         return replace(found, rows=parts)
 
     def commit_paths(self, paths: Sequence[Path]) -> None:
@@ -193,15 +199,12 @@ class Verifier:
             return functools.partial(operations.move_columns, slab.storage, sources, targets, ends)
         return functools.partial(slab.write, targets.long(), slab.gather(sources))
 
-    def _merged(
-        self, state: State, token_ids: NDArray[np.int32], images: ImageRows
-    ) -> Tensor | None:
-        """Return `PassRows.merged` of a pass over a prompt, for a head that reads embeddings."""
-        if state.drafter is None or not isinstance(self.drafter, MtpModel):
-            return None
+    def _merged(self, head: MtpModel, rows: PassRows[State]) -> Tensor:
+        """Return `PassRows.merged` of a part of a prompt that has features."""
+        state, n = rows.state, len(rows.tokens)
         assert state.images is not None
-        is_feature = state.images.prompt.is_feature[state.length : state.length + len(token_ids)]
-        tokens, places = upload_all([token_ids, is_feature], self.target.device)
-        merged = OutputStage(self.drafter, self.target).embed(tokens.long())
-        merged[places.bool()] = images.features.rows.to(merged.dtype)
-        return merged
+        is_feature = state.images.prompt.is_feature[state.length : state.length + n]
+        tokens, places = upload_all([rows.tokens, is_feature], self.target.device)
+        merged = OutputStage(head, self.target).embed(tokens.long())
+        read = rows.outputs.layers[-1].narrow(0, rows.first, n)  # by the target's first layer
+        return torch.where(places.bool()[:, None], read.to(merged.dtype), merged)

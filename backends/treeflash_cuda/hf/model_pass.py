@@ -125,4 +125,4 @@ class ModelPasses:
         found = Logits.split(logits[: len(rows_to_keep)], counts)
         written = [x.writes for x in cache.parts] if isinstance(cache, HybridCache) else []
         firsts = (ends - sizes).tolist()
-        return RowsResult.of_pass(found, rows, outputs, firsts, images, written)
+        return RowsResult.of_pass(found, rows, outputs, firsts, written=written)
