@@ -140,9 +140,9 @@ def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | No
         pack_linears(module, packing)
         pack_linears(module)  # layers that cannot be rounded
         if isinstance(target, CpuTarget) and target.kernels is not None:
-            from treeflash_cuda.cpu.drafter_norms import use_kernels  # needs llvmlite
+            from treeflash_cuda.cpu.drafter_calls import compile_norms  # needs llvmlite
 
-            use_kernels(module, target.kernels, target.dtype)
+            compile_norms(module, target.kernels, target.dtype)
     if isinstance(model, DrafterModel) and on_cpu and find_spec("llvmlite") is not None:
         from treeflash_cuda.cpu.drafter_calls import BlockCalls  # needs llvmlite
 

@@ -1,26 +1,28 @@
-"""The layers of a block drafter as one call; see `LayerCalls`.
+"""The layers of a block drafter as one call, and the norms outside of it, compiled.
 
-The rows of a pass are the blocks of its sequences, and then the context: projected features of the
-positions that are new since their last draft. Results are the modules' but for rounding, because
-rotations and attention add in another order.
+`LayerCalls` runs the layers. The rows of a pass are the blocks of its sequences, and then the
+context: projected features of the positions that are new since their last draft. Results are the
+modules' but for rounding, because rotations and attention add in another order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from treeflash.drafters.config import DrafterConfig, LayerKind
 from treeflash_cuda.cache import KVCache
 from treeflash_cuda.cpu import layer_code
 from treeflash_cuda.cpu.kernel_attention import places_of
 from treeflash_cuda.cpu.layer_calls import CalledLayer, LayerCalls, LayerStack, products_of
-from treeflash_cuda.cpu.layer_kernels import SequencesTable, layer_kernels
+from treeflash_cuda.cpu.layer_kernels import LayerKernels, SequencesTable, layer_kernels
 from treeflash_cuda.drafter_model import DrafterModel
+from treeflash_cuda.drafter_operations import RMSNorm
 
 ROPE = 0
 """The index of the only rotation of a pass."""
@@ -141,3 +143,21 @@ def _called(config: DrafterConfig, layer: Any, kind: LayerKind) -> CalledLayer |
         rope=ROPE,
         seen=kind,
     )
+
+
+def compile_norms(module: nn.Module, kernels: LayerKernels, dtype: torch.dtype) -> None:
+    """Let the norms inside a module that have rows of a dtype call compiled functions.
+
+    A draft has few rows and many norms: PyTorch takes longer to begin them than to compute them.
+    """
+    for norm in module.modules():
+        if isinstance(norm, RMSNorm):
+            weight = norm.weight.detach()
+            if weight.dtype == dtype and len(weight) % layer_code.LANES == 0:
+                norm.compiled = partial(_rms_norm, kernels, weight.float(), norm.eps)
+
+
+def _rms_norm(kernels: LayerKernels, weight: Tensor, eps: float, x: Tensor) -> Tensor:
+    """Norm (..., size) numbers."""
+    rows = x.reshape(-1, len(weight)).contiguous()
+    return kernels.rms_norm(rows, weight, eps)[0].view(x.shape)
