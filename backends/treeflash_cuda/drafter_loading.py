@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,18 +18,11 @@ from treeflash.drafters.folder import StoredTensor, read_quantised
 from treeflash.drafters.loading import read_layout
 from treeflash.drafters.mtp_heads import refuse_missing_targets, refuse_window
 from treeflash_cuda.cpu.decoder_target import CpuTarget
-from treeflash_cuda.cpu.low_bit_loading import rounding
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary
 from treeflash_cuda.drafter_operations import OnDevice
 from treeflash_cuda.heads import HEAD_CLASSES, TABLE_HEADS, TableHead
-from treeflash_cuda.linear import (
-    NATIVE,
-    Packing,
-    QuantisedLinear,
-    has_groups,
-    pack_linears,
-)
+from treeflash_cuda.linear import NATIVE, pack_linears, quantising, rounding
 from treeflash_cuda.low_bit_linear import LowBitLinear
 from treeflash_cuda.mtp_head import MtpHead, MtpModel
 from treeflash_cuda.operations import PYTORCH, Operations, Shapes
@@ -128,8 +120,7 @@ def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | No
     packing, on_cpu = NATIVE, target.device.type == "cpu"
     if bits is not None:
         product = (model.operations or PYTORCH).quantised_linear
-        on_gpu = Packing(functools.partial(QuantisedLinear, product, bits), has_groups)
-        packing = rounding(bits) if on_cpu else on_gpu
+        packing = rounding(bits) if on_cpu else quantising(bits, product)
         weight: Any = model.own.lm_head
         bias = None
         if weight is None:

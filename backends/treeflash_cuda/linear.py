@@ -21,6 +21,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -28,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from treeflash.low_bits import GROUP as LOW_BIT_GROUP
+from treeflash.low_bits import round_weight
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.numerics import concatenate
 from treeflash_cuda.quantised_weights import GROUP, QuantisedWeight, quantise_weight
@@ -42,6 +45,9 @@ IN_ONEDNN: dict[torch.dtype, Callable[[], bool]] = {
 
 PLAIN = torch.float32, torch.bfloat16, torch.float16
 """Dtypes of weights that nothing quantises."""
+
+ROUNDED = {4: "Q4_1", 8: "Q8_0"}
+"""Names of the formats that a CPU rounds weights to."""
 
 TABLES = nn.Embedding, LowBitEmbedding
 """Modules whose weights a pass reads only a few rows of."""
@@ -190,6 +196,22 @@ NATIVE = Packing(PackedLinear, can_pack)
 """Weights keep their dtype, in the order of this machine's kernels."""
 
 
+def rounding(bits: int) -> Packing:
+    """Return the packing on a CPU that rounds weights to numbers of 4 or 8 bits."""
+
+    @torch.no_grad()
+    def pack(weight: Tensor, bias: Tensor | None) -> LowBitLinear:
+        rounded = round_weight(weight.detach().float().numpy(), bits)
+        return LowBitLinear.of(rounded, ROUNDED[bits], bias, weight.dtype)
+
+    return Packing(pack, partial(has_groups, size=LOW_BIT_GROUP))
+
+
+def quantising(bits: int, product: Callable[..., Tensor]) -> Packing:
+    """Return the packing on a GPU that rounds weights, for a product of `QuantisedLinear`."""
+    return Packing(partial(QuantisedLinear, product, bits), partial(has_groups, size=GROUP))
+
+
 class PackedPairLinear(nn.Module):
     """`PairLinear` as two packed layers."""
 
@@ -229,9 +251,9 @@ def is_subclass(weight: Tensor) -> bool:
     return bool(is_traceable_wrapper_subclass(weight))
 
 
-def has_groups(weight: Tensor) -> bool:
-    """Return whether a weight can be quantised."""
-    return not is_subclass(weight) and weight.shape[1] % GROUP == 0
+def has_groups(weight: Tensor, size: int) -> bool:
+    """Return whether a weight can be rounded: its rows are whole groups of a size."""
+    return not is_subclass(weight) and weight.shape[1] % size == 0
 
 
 def weights_by_format(

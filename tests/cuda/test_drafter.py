@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from treeflash_cuda import drafter_operations as parts
+from treeflash_cuda import linear
 from treeflash_cuda.backend import load
-from treeflash_cuda.cpu import drafter_calls, low_bit_loading
+from treeflash_cuda.cpu import drafter_calls
 from treeflash_cuda.cpu.drafter_calls import BlockCalls
 from treeflash_cuda.drafter_loading import pack_drafter
 from treeflash_cuda.linear import weights_by_format
@@ -130,7 +131,7 @@ def test_norms_are_compiled_beside_layers_that_are(pair, dtype):
 
 
 def test_an_output_head_of_its_own_that_has_no_whole_groups_stays_as_it_is(tmp_path, monkeypatch):
-    stand_in(monkeypatch, low_bit_loading, GROUP=2 * low_bit_loading.GROUP)
+    stand_in(monkeypatch, linear, LOW_BIT_GROUP=2 * linear.LOW_BIT_GROUP)
     backend = load(*write_mtp_pair(tmp_path, "eagle3"), LoadConfig(draft_bits=4, **ON_CPU))
     model = backend.drafter_model
     assert model.own.quantised_lm_head is None

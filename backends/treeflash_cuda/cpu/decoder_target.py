@@ -19,7 +19,7 @@ from treeflash.decoding.probe import INEXACT
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cpu.decoder_attention import CacheBlock, ExactAttention, MaskedAttention
-from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, can_round, round_linear
+from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.model import Decoder
 from treeflash_cuda.decoder.operations import (
@@ -33,7 +33,7 @@ from treeflash_cuda.decoder.target import DecoderTarget, read_decoder
 from treeflash_cuda.decoder.weights import Checkpoint
 from treeflash_cuda.exact import LINEAR_ROWS, bound_products, check_gates, token_rows
 from treeflash_cuda.exact_attention import check_attention
-from treeflash_cuda.linear import join
+from treeflash_cuda.linear import Packing, join, rounding
 from treeflash_cuda.numerics import concatenate
 from treeflash_cuda.recurrent_states import SequenceRows
 from treeflash_cuda.sampling import Logits
@@ -95,7 +95,7 @@ class CpuTarget(DecoderTarget):
                 operations, rms_norm=kernels.rms_norm, gated=kernels.gated, capped=kernels.capped
             )
         if settings.bits not in (None, UNPACKED_BITS):
-            operations = replace(operations, linear=partial(rounded, settings.bits))
+            operations = replace(operations, linear=partial(packed, rounding(settings.bits)))
         unpack = settings.bits == UNPACKED_BITS
         decoder = read_decoder(checkpoint, facts, operations, dtype, settings, CPU, unpack=unpack)
         return cls(config, decoder, dtype, kernels, kv_bits=settings.kv_bits)
@@ -184,8 +184,10 @@ def find_kernels(facts: DecoderFacts, dtype: torch.dtype) -> LayerKernels | None
     return layer_kernels(dtype, torch.float32, kind, tuple(sizes))
 
 
-def rounded(bits: int, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> nn.Module:
-    """Make one linear layer of the weights of some, rounded to 4 or 8 bits where they can be."""
-    if not can_round(weights[0]):
+def packed(
+    packing: Packing, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> nn.Module:
+    """Make one linear layer of the weights of some, in a packing where they fit."""
+    if not packing.fits(weights[0]):
         return linear(weights, biases)
-    return round_linear(*join(weights, biases), bits)
+    return packing.pack(*join(weights, biases))

@@ -1,4 +1,4 @@
-"""Which weights of few bits a CPU keeps, and which it rounds to few bits itself.
+"""Which weights of few bits a CPU keeps.
 
 Folders with packed weights are written by `treeflash.hub.gguf_weights`. `decoder.weights` reads
 them for layers of our own, and `hf.low_bit_models` for models of transformers. Nothing is copied:
@@ -9,28 +9,22 @@ them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from treeflash.config import LoadConfig
 from treeflash.low_bit_formats import MLX, find_format
-from treeflash.low_bits import GROUP, METHOD, round_weight
+from treeflash.low_bits import METHOD
 from treeflash_cuda.decoder.facts import decoder_facts
 from treeflash_cuda.decoder.plain_config import target_config
 from treeflash_cuda.decoder.weights import Checkpoint
-from treeflash_cuda.linear import Packing, is_subclass
-from treeflash_cuda.low_bit_linear import LowBitLinear
 from treeflash_cuda.target import skeleton
 
 UNPACKED_BITS = 16
 """The number of `LoadConfig.bits` with which weights of few bits are dequantised."""
-ROUNDED = {4: "Q4_1", 8: "Q8_0"}
-"""Names of the formats that weights are rounded to."""
 
 
 def is_packed(config: Any) -> bool:
@@ -82,20 +76,3 @@ def products_refusal() -> str | None:
     from treeflash_cuda.cpu.machine_code import best_isa
 
     return None if best_isa() else "this processor has no instructions for products of bytes"
-
-
-def rounding(bits: int) -> Packing:
-    """Return the packing that rounds weights to numbers of 4 or 8 bits."""
-    return Packing(partial(round_linear, bits=bits), can_round)
-
-
-def can_round(weight: Tensor) -> bool:
-    """Return whether a weight can be rounded: its rows are whole groups."""
-    return not is_subclass(weight) and weight.shape[1] % GROUP == 0
-
-
-@torch.no_grad()
-def round_linear(weight: Tensor, bias: Tensor | None, bits: int) -> LowBitLinear:
-    """Return a layer with an (out, in) weight that is rounded to numbers of 4 or 8 bits."""
-    rounded = round_weight(weight.detach().float().numpy(), bits)
-    return LowBitLinear.of(rounded, ROUNDED[bits], bias, weight.dtype)

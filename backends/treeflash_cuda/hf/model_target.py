@@ -48,7 +48,7 @@ from treeflash.errors import (
 )
 from treeflash_cuda.attention import TokenBlock
 from treeflash_cuda.cache import Span, check_quantisation
-from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, is_packed, keeps_bits, rounding
+from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, is_packed, keeps_bits
 from treeflash_cuda.exact import (
     LINEAR_ROWS,
     bound_products,
@@ -82,7 +82,7 @@ from treeflash_cuda.hf.low_bit_models import LowBitConfig
 from treeflash_cuda.hf.model_caches import TreeCache
 from treeflash_cuda.hf.model_pass import ModelPasses
 from treeflash_cuda.images import ImageRows, VisionTower, has_tower, run_samples
-from treeflash_cuda.linear import is_subclass, pack_linears
+from treeflash_cuda.linear import is_subclass, pack_linears, rounding
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.recurrent_states import RecurrentStates, SequenceRows
 from treeflash_cuda.state import State
