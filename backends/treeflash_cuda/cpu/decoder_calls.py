@@ -5,9 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from treeflash_cuda.cpu.layer_calls import CalledLayer, LayerStack, products_of
-from treeflash_cuda.decoder.mixers import AttentionMixer
-from treeflash_cuda.decoder.model import Decoder, DecoderLayer
-from treeflash_cuda.decoder.network import Network
+from treeflash_cuda.decoder.model import AttentionMixer, Decoder, DecoderLayer, Network
 from treeflash_cuda.decoder.weights import Joined
 
 

@@ -7,7 +7,12 @@ is the same for a lone token, a draft tree, a prompt and a batch of them:
     embed -> [ norm -> queries, keys, values -> rotate, store -> attend -> output
                norm -> gate and up -> activate -> down ] for each layer -> norm -> head
 
-The first half of a layer is its mixer, which may also be a recurrent one (`mixers`).
+The first half of a layer is its mixer, in which rows read what other rows wrote. Attention reads
+keys and values. A gated delta net reads a state instead, a matrix for each head: every row forgets
+a part of the state of the row before it, and corrects what the state has for its key. In a draft
+tree, the row before a node is its parent (`treeflash.decoding.hybrid`).
+
+The second half is its network, with a gate; or several networks that a router chooses among.
 
 The norms also add a sublayer's output to what it read: so a layer hands on both, and the next norm
 adds them. Some families also norm what a sublayer adds. What differs between families is in
@@ -17,15 +22,15 @@ adds them. Some families also norm what a sublayer adds. What differs between fa
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treeflash_cuda.decoder.facts import DecoderFacts, Rope
-from treeflash_cuda.decoder.mixers import AttentionMixer, GatedDeltaNet
-from treeflash_cuda.decoder.network import ExpertNetwork, Network
+from treeflash_cuda.decoder.families import ATTENTION_GATE, DELTA_NET, NETWORK
 from treeflash_cuda.decoder.operations import (
     Attention,
     DecoderOperations,
@@ -34,6 +39,193 @@ from treeflash_cuda.decoder.operations import (
     Weights,
     constant,
 )
+from treeflash_cuda.experts import routed
+
+
+class AttentionMixer(nn.Module):
+    """Attention, whose output some families multiply with a gate."""
+
+    def __init__(self, facts: DecoderFacts, index: int, weights: Weights) -> None:
+        super().__init__()
+        self.facts, self.window = facts, facts.windows[index]
+        self.slot = facts.attention_layers.index(index)  # its number in the KV caches
+        size, d = facts.hidden_size, facts.head_dim
+        q, kv = facts.heads * d, facts.kv_heads * d
+        place = f"{weights.place}.layers.{index}.self_attn"
+        self.qkv = weights.linear(place, size, q_proj=q, k_proj=kv, v_proj=kv)
+        self.gate: nn.Module | None = None
+        if facts.gates_attention:
+            self.gate = weights.linear(place, size, **{ATTENTION_GATE: q})
+        self.o_proj = weights.linear(place, q, o_proj=size)
+        self.head_norms: Tensor | None = None  # norms of queries, then of keys, a row for each head
+        if facts.norms_heads is not None:
+            parts = []
+            for name, heads in (("q_norm", facts.heads), ("k_norm", facts.kv_heads)):
+                rows = 1 if facts.norms_heads == "each" else heads
+                weight = weights.norm(f"{place}.{name}", rows * d).view(rows, d)
+                if facts.head_order is not None:
+                    weight = weight[:, facts.head_order]
+                parts.append(weight.expand(heads, d))
+            self.head_norms = torch.cat(parts)
+
+    def forward(self, y: Tensor, rotation: Rotation | None, attention: Attention) -> Tensor:
+        """Map (n, hidden_size) rows to as many."""
+        facts = self.facts
+        heads = self.qkv(y).view(len(y), -1, facts.head_dim)
+        queries = attention.turn(self.slot, heads, rotation, self.head_norms, facts.eps)
+        attended = attention.attend(self.slot, queries, self.window)
+        if self.gate is not None:
+            attended = attended * self.gate(y).sigmoid()
+        output: Tensor = self.o_proj(attended)
+        return output
+
+
+class GatedDeltaNet(nn.Module):
+    """A gated delta net with a short convolution, and a gated norm of what rows read."""
+
+    def __init__(self, facts: DecoderFacts, index: int, weights: Weights) -> None:
+        super().__init__()
+        assert facts.delta_nets is not None
+        self.facts, self.nets, self.index = facts, facts.delta_nets, index
+        nets, place = self.nets, f"{weights.place}.layers.{index}.linear_attn"
+        values = nets.heads * nets.value_dim
+        self.widths = nets.channels, values, nets.heads, nets.heads
+        named = dict(zip(DELTA_NET, self.widths, strict=True))
+        self.inputs = weights.linear(place, facts.hidden_size, **named)
+        filters = weights.read(f"{place}.conv1d.weight", nets.channels, 1, nets.kernel)
+        self.filters = constant(filters[:, 0].contiguous())
+        self.rates = constant(-weights.read(f"{place}.A_log", nets.heads).float().exp())
+        self.step_bias = constant(weights.read(f"{place}.dt_bias", nets.heads).float())
+        self.norm = constant(weights.read(f"{place}.norm.weight", nets.value_dim).float())
+        self.output = weights.linear(place, values, out_proj=facts.hidden_size)
+
+    def forward(self, y: Tensor, recurrences: Recurrences) -> Tensor:
+        """Map (n, hidden_size) rows to as many."""
+        nets = self.nets
+        rows, gates, b, a = self.inputs(y).split(self.widths, 1)
+        mixed = recurrences.convolve(self.index, rows, self.filters, self.facts.activation)
+        keys = nets.key_heads * nets.key_dim
+        q, k, v = mixed.tensor_split([keys, 2 * keys], 1)
+        q, k = (x.unflatten(1, (-1, nets.key_dim)) for x in (q, k))
+        v, gates = (x.unflatten(1, (-1, nets.value_dim)) for x in (v, gates))
+        log_g = self.rates * F.softplus(a.float() + self.step_bias)
+        read = recurrences.delta_rule(self.index, q, k, v, log_g, b.sigmoid()).float()
+        normed = F.rms_norm(read, self.norm.shape, self.norm, self.facts.eps)
+        output: Tensor = self.output((normed * F.silu(gates.float())).to(y.dtype).flatten(1))
+        return output
+
+
+class Network(nn.Module):
+    """down(activation(gate(x)) * up(x))."""
+
+    def __init__(
+        self,
+        facts: DecoderFacts,
+        operations: DecoderOperations,
+        weights: Weights,
+        place: str,
+        inner: int,  # numbers between the products
+        names: tuple[str, str, str] = NETWORK,
+    ) -> None:
+        super().__init__()
+        self.operations, self.activation = operations, facts.activation
+        gate, up, down = names
+        self.gate_up = weights.linear(place, facts.hidden_size, **{gate: inner, up: inner})
+        self.down = weights.linear(place, inner, **{down: facts.hidden_size})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (n, hidden_size) rows to as many."""
+        y: Tensor = self.down(self.operations.gated(self.gate_up(x), self.activation))
+        return y
+
+
+class ExpertNetwork(nn.Module):
+    """The weighted sum of the networks that the router chooses for a row."""
+
+    def __init__(
+        self, facts: DecoderFacts, operations: DecoderOperations, weights: Weights, layer: str
+    ) -> None:
+        super().__init__()
+        assert facts.experts is not None
+        self.facts = own = facts.experts
+        place = f"{layer}.{own.place}"
+        self.router = weights.linear(place, facts.hidden_size, gate=own.count)
+        places = [f"{place}.experts.{n}" for n in range(own.count)]
+        make = NetworkList if operations.grouped_linear is None else JoinedNetworks
+        self.experts: nn.Module = make(facts, operations, weights, places)
+        self.shared: Network | None = None
+        if (inner := own.shared_size) is not None:
+            self.shared = Network(facts, operations, weights, f"{place}.shared_expert", inner)
+            self.shared_gate = weights.linear(place, facts.hidden_size, shared_expert_gate=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (n, hidden_size) rows to as many; each row's sum has the order of its weights."""
+        shares, chosen = self.router(x).float().softmax(-1).topk(self.facts.per_token)
+        if self.facts.sums_to_one:
+            shares = shares / shares.sum(-1, keepdim=True)
+        y: Tensor = self.experts(x, chosen, shares.to(x.dtype))
+        return y if self.shared is None else y + self.shared_gate(x).sigmoid() * self.shared(x)
+
+
+class NetworkList(nn.ModuleList):
+    """Experts that run one after the other, each with its rows."""
+
+    def __init__(
+        self,
+        facts: DecoderFacts,
+        operations: DecoderOperations,
+        weights: Weights,
+        places: Sequence[str],  # the places of the experts
+    ) -> None:
+        assert facts.experts is not None
+        own = facts.experts
+        super().__init__(
+            Network(facts, operations, weights, place, own.size, own.names) for place in places
+        )
+
+    def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """Return the weighted sums of (n, k) experts of the rows."""
+        experts, order = chosen.flatten().sort(stable=True)
+        numbers, counts = experts.unique_consecutive(return_counts=True)
+        rows = x.index_select(0, order // chosen.shape[1]).split(counts.tolist())
+        outputs = [self[n](part) for n, part in zip(numbers.tolist(), rows, strict=True)]
+        y = torch.cat(outputs).mul_(shares.flatten()[order, None])
+        pairs = torch.empty_like(y).index_copy_(0, order, y).view(*chosen.shape, -1)
+        return reduce(torch.add, pairs.unbind(1))
+
+
+class JoinedNetworks(nn.Module):
+    """Experts that one product multiplies, which reads nothing on the host."""
+
+    def __init__(
+        self,
+        facts: DecoderFacts,
+        operations: DecoderOperations,
+        weights: Weights,
+        places: Sequence[str],  # the places of the experts
+    ) -> None:
+        super().__init__()
+        assert facts.experts is not None
+        self.operations, self.activation = operations, facts.activation
+        size, inner = facts.hidden_size, facts.experts.size
+        gate, up, down = facts.experts.names
+        matrices = (
+            weights.stacked(places, size, **{gate: inner, up: inner}),
+            weights.stacked(places, inner, **{down: size}),
+        )
+        self.gate_up, self.down = map(constant, matrices)
+
+    def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """Return the weighted sums of (n, k) experts of the rows."""
+        assert self.operations.grouped_linear is not None
+        multiply = self.operations.grouped_linear(len(x))
+
+        def network(pairs: Tensor, ends: Tensor) -> Tensor:
+            inner = self.operations.gated(multiply(pairs, self.gate_up, ends), self.activation)
+            return multiply(inner, self.down, ends)
+
+        return routed(x, chosen, shares, len(self.down), network)
+
 
 RunLayers: TypeAlias = Callable[
     [Tensor, Sequence[Rotation], Attention, Collection[int]],
