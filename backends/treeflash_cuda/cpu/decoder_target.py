@@ -69,8 +69,7 @@ class CpuTarget(DecoderTarget):
         self.calls: LayerCalls | None = None
         self.unsplit_rows = LINEAR_ROWS
         if kernels is not None:
-            from treeflash_cuda.cpu.decoder_calls import decoder_stack
-            from treeflash_cuda.cpu.kernel_attention import KernelAttention
+            from treeflash_cuda.cpu.decoder_calls import KernelAttention, decoder_stack
             from treeflash_cuda.cpu.layer_calls import LayerCalls
 
             self.layers_from = f"treeflash, compiled for {kernels.isa.name}"

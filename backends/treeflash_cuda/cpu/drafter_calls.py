@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from treeflash.drafters.config import DrafterConfig, LayerKind
 from treeflash_cuda.cache import KVCache
 from treeflash_cuda.cpu import layer_code
-from treeflash_cuda.cpu.kernel_attention import places_of
 from treeflash_cuda.cpu.layer_calls import CalledLayer, LayerCalls, LayerStack, products_of
 from treeflash_cuda.cpu.layer_kernels import LayerKernels, SequencesTable, layer_kernels
 from treeflash_cuda.drafter_model import DrafterModel
@@ -89,7 +88,7 @@ class BlockAttention:
         self.starts = np.array([start for _, start in sequences])
         blocks = [(cache, start, self.size) for cache, start in sequences]
         contexts = [(cache, cache.length, start - cache.length) for cache, start in sequences]
-        self.places = places_of([*blocks, *contexts], heads)
+        self.places = SequencesTable.of([*blocks, *contexts], heads)
         self._seen = self.places.first(len(blocks))
         self._bounds: dict[LayerKind, Tensor] = {}
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from treeflash_cuda.cache import Segment
 from treeflash_cuda.cpu import layer_code
 from treeflash_cuda.cpu.ir_builder import OF_RECORD, Isa, argument_types
 from treeflash_cuda.cpu.layer_code import (
@@ -46,6 +47,24 @@ class SequencesTable:
         self.rows, self.units = last["row_end"], last["unit_end"]
         self._first, self._step = lines.ctypes.data, lines.strides[0]
         self._counts = lines.shape[1], kv_heads, column_stride
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], heads: int) -> SequencesTable:
+        """Make the table of rows of sequences, without masks; their columns are reserved."""
+        layers = segments[0][0].arena.layers
+        lines = np.zeros((layers, len(segments), len(SEQUENCE)), np.int64)
+        rows = units = columns = stride = kv_heads = 0
+        for n, (cache, first, count) in enumerate(segments):
+            cache.reserve_rows(first, first + count)
+            (part,) = cache.parts
+            kv_heads = part.shape[2]
+            layer, kind, head, stride = part.stride()[:4]
+            rows, columns = rows + count, max(columns, first + count)
+            units += kv_heads * -(-count * (heads // kv_heads) // LANES)
+            keys = part.data_ptr() + np.arange(layers) * (layer * part.itemsize)
+            lines[:, n, 0], lines[:, n, 1] = keys, keys + kind * part.itemsize
+            lines[:, n, 2:] = head, first, count, rows, units, 0
+        return cls(lines, kv_heads, stride, columns)
 
     def with_masks(self, addresses: Sequence[int]) -> SequencesTable:
         """Return a copy with the address of each sequence's mask; 0 for a sequence without one."""
