@@ -8,8 +8,10 @@ another text. If the type has recurrent layers, trees after commits must pass to
 if loading or the probe raises an error that says why, and `not tried` if there is no configuration
 for the type, or one whose model lacks a kind of layer that the type has.
 
-The modules `cuda` (types of transformers) and `mlx` (types of mlx-lm) have the configurations. They
-have the same functions; `attempt` calls those of one.
+The modules `cuda` (types of transformers) and `mlx` (types of mlx-lm) have equal functions;
+`attempt` calls the ones of a module. Their configurations are in `cuda_types.json` and
+`mlx_types.json`: small values of `fields`, from which a type takes what it knows, and `settings` of
+single types, with all the kinds of layers that a type has. A key may be several names.
 """
 
 from __future__ import annotations
@@ -34,6 +36,15 @@ SMALL_VOCABULARY = dict.fromkeys(("vocab_size", "padded_vocab_size"), 24)
 TOLERANCE = 1e-4
 TOKENS: list[int] = np.random.default_rng(1).integers(0, VOCAB_SIZE, PREFIX).tolist()
 """A text longer than the window."""
+
+
+def by_name(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Collect the settings of each type from rows that may name several types."""
+    found: dict[str, dict[str, Any]] = {}
+    for names, settings in table.items():
+        for name in names.split():
+            found[name] = found.get(name, {}) | settings
+    return found
 
 
 def attempt(framework: ModuleType, name: str) -> tuple[str, str]:

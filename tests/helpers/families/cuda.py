@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,122 +18,11 @@ from treeflash_cuda.target_loading import load_target
 
 from treeflash.config import LoadConfig
 
-from . import LAYERS, PREFIX, TOKENS, VOCAB_SIZE, WINDOW
+from . import LAYERS, PREFIX, TOKENS, by_name
 
+TYPES = json.loads((Path(__file__).parent / "cuda_types.json").read_text("utf-8"))
+SMALL, OVERRIDES = TYPES["fields"], by_name(TYPES["settings"])
 SLIDING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
-
-# Small values for keys of configurations; a type ignores the keys that it does not know.
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "sliding_window": WINDOW,
-    "use_sliding_window": True,
-    "max_window_layers": 2,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "query_pre_attn_scalar": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LATENT = {  # keys and values from a small latent vector; only part of a head is rotated
-    "num_key_value_heads": 4,
-    "head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "kv_lora_rank": 32,
-    "q_lora_rank": 32,
-}
-LATENT_TYPES = (
-    *("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3"),
-    *("sarvam_mla", "youtu"),
-)
-DELTA_NET = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 16,
-    "norm_topk_prob": True,
-}
-MAMBA = {
-    "mamba_n_heads": 8,
-    "mamba_d_head": 16,
-    "mamba_d_state": 16,
-    "mamba_n_groups": 2,
-    "mamba_expand": 2,
-    "mamba_chunk_size": 16,
-}
-MAMBA_2 = {
-    "num_heads": 8,
-    "head_dim": 16,
-    "state_size": 16,
-    "ssm_state_size": 16,
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 16,
-    "n_groups": 2,
-    "expand": 2,
-    "chunk_size": 16,
-}
-RECURRENT = {"layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2)}
-CONVOLUTIONAL = {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)}
-# Settings of single types.
-OVERRIDES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(LATENT_TYPES, LATENT),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_text"), DELTA_NET | RECURRENT),
-    **dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"), DELTA_NET | RECURRENT),
-    "olmo_hybrid": DELTA_NET | RECURRENT | {"linear_allow_neg_eigval": True},
-    "lara_mini": DELTA_NET,
-    "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
-    "granitemoehybrid": MAMBA | RECURRENT | {"shared_intermediate_size": 32},
-    "falcon_h1": MAMBA | {"mamba_d_ssm": 128},
-    "mamba2": MAMBA_2,
-    "nemotron_h": MAMBA_2
-    | {
-        "layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"],
-        "moe_shared_expert_intermediate_size": 32,
-        "head_dim": 16,
-    },
-    "zamba2": {
-        "layers_block_type": ["linear_attention", "hybrid"] * (LAYERS // 2),
-        "mamba_d_state": 16,
-        "mamba_expand": 2,
-        "mamba_ngroups": 2,
-        "n_mamba_heads": 8,
-        "mamba_headdim": 16,
-        "chunk_size": 16,
-        "adapter_rank": 4,
-        "attention_head_dim": 32,
-        "num_key_value_heads": 4,
-        "use_mem_rope": True,
-    },
-    "bailing_hybrid": LATENT | RECURRENT | {"n_group": 2},
-    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_period": 2},
-    "kimi_linear": LATENT | RECURRENT,
-    "gemma3n_text": {
-        "num_kv_shared_layers": 2,
-        "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": VOCAB_SIZE,
-        "laurel_rank": 8,
-        "altup_num_inputs": 2,
-        "activation_sparsity_pattern": [0.0] * LAYERS,
-    },
-    "lfm2": CONVOLUTIONAL,
-    "lfm2_moe": CONVOLUTIONAL,
-}
 
 
 def prepare() -> None:

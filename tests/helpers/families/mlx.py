@@ -25,8 +25,14 @@ from treeflash_mlx.target import CacheLayout, Target, compatible_settings, load_
 
 from treeflash.drafters.folder import read_config
 
-from . import TOKENS
-from .mlx_configurations import FIELDS, OPTIONAL, OVERRIDES
+from . import TOKENS, by_name
+
+TYPES = json.loads((Path(__file__).parent / "mlx_types.json").read_text("utf-8"))
+FIELDS = {name: x for names, x in TYPES["fields"].items() for name in names.split()}
+OVERRIDES = by_name(TYPES["settings"])
+OPTIONAL = TYPES["optional"]
+"""Classes that a type's module defines and its checkpoints need not have: for adapters, for models
+spread over several devices, for sizes of the type without experts, or never used."""
 
 
 def prepare() -> None:
@@ -95,7 +101,7 @@ def missing_layers(name: str, config: dict[str, Any]) -> set[str]:
         and value.__module__ == text.__name__
     }
     kinds = layer_kinds(model)
-    return (defined - OPTIONAL.get(name, set()) | default_layer_kinds(name)) - kinds
+    return (defined - {*OPTIONAL.get(name, ())} | default_layer_kinds(name)) - kinds
 
 
 def default_layer_kinds(name: str) -> set[str]:
