@@ -23,8 +23,7 @@ from treeflash.drafters.block_model import Rotations, visible_positions
 from treeflash.drafters.config import LayerKind, window_gap
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import PackedRows, Slab
-from treeflash_cuda.drafter_model import DrafterModel
-from treeflash_cuda.drafter_operations import OPERATIONS, Rotation
+from treeflash_cuda.drafter_model import OPERATIONS, DrafterModel, Rotation
 from treeflash_cuda.gpu.graphs import Graphs, Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import token_products
 from treeflash_cuda.numerics import concatenate, pack, topk, unpack, upload, upload_all

@@ -19,8 +19,7 @@ from treeflash.drafters.loading import read_layout
 from treeflash.drafters.mtp_heads import refuse_missing_targets, refuse_window
 from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.drafter import OutputStage
-from treeflash_cuda.drafter_model import DrafterModel, OwnVocabulary
-from treeflash_cuda.drafter_operations import OnDevice
+from treeflash_cuda.drafter_model import DrafterModel, OnDevice, OwnVocabulary
 from treeflash_cuda.heads import HEAD_CLASSES, TABLE_HEADS, TableHead
 from treeflash_cuda.linear import NATIVE, pack_linears, quantising, rounding
 from treeflash_cuda.low_bit_linear import LowBitLinear

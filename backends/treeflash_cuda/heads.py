@@ -29,7 +29,7 @@ from treeflash.drafters.formats import HEADS as FORMATS
 from treeflash.drafters.heads import operations
 from treeflash.drafters.heads.operations import ConditionalHead, Slots
 from treeflash_cuda.drafter import Block, OutputStage, join_blocks
-from treeflash_cuda.drafter_operations import as_module, join, split
+from treeflash_cuda.drafter_model import as_module, join, split
 from treeflash_cuda.gpu.graphs import Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import take, token_products
 from treeflash_cuda.numerics import (

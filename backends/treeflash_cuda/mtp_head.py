@@ -39,8 +39,7 @@ from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import Arena, Index, KVCache, PackedRows, Slab, from_host, to_host
 from treeflash_cuda.drafter import MAX_CONTEXT, Block, Drafter, OutputStage
-from treeflash_cuda.drafter_model import OwnVocabulary, Rotary
-from treeflash_cuda.drafter_operations import OPERATIONS, Rotation, join, split
+from treeflash_cuda.drafter_model import OPERATIONS, OwnVocabulary, Rotary, Rotation, join, split
 from treeflash_cuda.gpu.graphs import (
     MAX_ROWS,
     Outputs,

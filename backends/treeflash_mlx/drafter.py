@@ -21,8 +21,7 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.block_model import visible_positions
 from treeflash.drafters.config import DrafterConfig, LayerKind, window_gap
 from treeflash_mlx.cache import BatchStorage, share_storage, storages_of
-from treeflash_mlx.drafter_model import DrafterModel
-from treeflash_mlx.drafter_operations import OPERATIONS, read
+from treeflash_mlx.drafter_model import OPERATIONS, DrafterModel, read
 from treeflash_mlx.numerics import gumbel, log_softmax, top_log_probs
 from treeflash_mlx.state import project_contexts
 from treeflash_mlx.target import Target, shortlist_logits

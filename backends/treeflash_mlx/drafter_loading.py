@@ -18,8 +18,14 @@ from treeflash.drafters.formats import HEADS
 from treeflash.drafters.loading import Layout, arrange_block, read_layout
 from treeflash_mlx.assistant import AssistantHead, AssistantModel, AssistantOutput
 from treeflash_mlx.drafter import OutputStage
-from treeflash_mlx.drafter_model import DrafterModel, OwnVocabulary
-from treeflash_mlx.drafter_operations import Float32Bias, Float32Norm, as_module, split_pairs
+from treeflash_mlx.drafter_model import (
+    DrafterModel,
+    Float32Bias,
+    Float32Norm,
+    OwnVocabulary,
+    as_module,
+    split_pairs,
+)
 from treeflash_mlx.heads import TABLE_HEADS, TableHead
 from treeflash_mlx.mtp_head import MtpModel
 from treeflash_mlx.target import Target

@@ -22,7 +22,7 @@ from treeflash.decoding.transitions import RowBatch, TransitionTable
 from treeflash.drafters.heads import operations
 from treeflash.drafters.heads.operations import ConditionalHead, Slots
 from treeflash_mlx.drafter import OutputStage
-from treeflash_mlx.drafter_operations import read
+from treeflash_mlx.drafter_model import read
 from treeflash_mlx.numerics import log_softmax, logsumexp, top_indices, top_log_probs
 
 

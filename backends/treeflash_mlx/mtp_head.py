@@ -32,8 +32,7 @@ from treeflash.drafters.mtp_heads import MtpConfig, first_visible
 from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash_mlx.cache import KVCache, share_storage, to_host
 from treeflash_mlx.drafter import Drafter, OutputStage
-from treeflash_mlx.drafter_model import OwnVocabulary, VocabularyOwner
-from treeflash_mlx.drafter_operations import OPERATIONS
+from treeflash_mlx.drafter_model import OPERATIONS, OwnVocabulary, VocabularyOwner
 from treeflash_mlx.state import project_contexts
 from treeflash_mlx.target import Target
 

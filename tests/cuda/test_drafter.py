@@ -27,7 +27,7 @@ require("llvmlite")
 import torch
 import torch.nn.functional as F
 from torch import nn
-from treeflash_cuda import drafter_operations as parts
+from treeflash_cuda import drafter_model as parts
 from treeflash_cuda import linear
 from treeflash_cuda.backend import load
 from treeflash_cuda.cpu import drafter_calls

@@ -33,7 +33,7 @@ from treeflash_cuda.attention import group_mask, grouped_attention
 from treeflash_cuda.backend import load
 from treeflash_cuda.cache import dequantise, quantise
 from treeflash_cuda.drafter_loading import pack_drafter
-from treeflash_cuda.drafter_operations import Experts
+from treeflash_cuda.drafter_model import Experts
 from treeflash_cuda.gpu import kernels as kernels_module
 from treeflash_cuda.gpu.kernels import causal_attention, seen_floats
 from treeflash_cuda.hf.attention_contexts import is_window

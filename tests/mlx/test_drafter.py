@@ -28,7 +28,7 @@ from mlx import nn
 from treeflash_mlx import backend as backend_module
 from treeflash_mlx.backend import load
 from treeflash_mlx.drafter_loading import choose_bits, fill
-from treeflash_mlx.drafter_operations import as_module
+from treeflash_mlx.drafter_model import as_module
 
 pytestmark = pytest.mark.sample(1)
 

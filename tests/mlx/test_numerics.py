@@ -12,7 +12,7 @@ require("mlx_lm")
 
 import mlx.core as mx
 from mlx import nn
-from treeflash_mlx.drafter_operations import PairLinear, split_pairs
+from treeflash_mlx.drafter_model import PairLinear, split_pairs
 from treeflash_mlx.numerics import top_indices, top_log_probs
 from treeflash_mlx.sampling import sample_tokens
 

@@ -20,8 +20,7 @@ from treeflash_cuda.cache import KVCache
 from treeflash_cuda.cpu import layer_code
 from treeflash_cuda.cpu.layer_calls import CalledLayer, LayerCalls, LayerStack, products_of
 from treeflash_cuda.cpu.layer_kernels import LayerKernels, SequencesTable, layer_kernels
-from treeflash_cuda.drafter_model import DrafterModel
-from treeflash_cuda.drafter_operations import RMSNorm
+from treeflash_cuda.drafter_model import DrafterModel, RMSNorm
 
 ROPE = 0
 """The index of the only rotation of a pass."""
