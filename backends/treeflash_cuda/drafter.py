@@ -19,8 +19,8 @@ from treeflash.decoding.backend_base import note_drafted
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.block_model import Rotations, visible_positions
 from treeflash.drafters.config import LayerKind, window_gap
+from treeflash.drafters.layers import Rotations, visible_positions
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
 from treeflash_cuda.cache import PackedRows, Slab
 from treeflash_cuda.drafter_model import OPERATIONS, DrafterModel, Rotation

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from treeflash.drafters.block_model import BlockModel
 from treeflash.drafters.config import DrafterConfig, DrafterShape
 from treeflash.drafters.heads.operations import Operations as ArrayOperations
-from treeflash.drafters.layers import by_head
+from treeflash.drafters.layers import BlockModel, by_head
 from treeflash_cuda.experts import routed
 from treeflash_cuda.linear import PairLinear, take
 from treeflash_cuda.low_bit_linear import LowBitLinear

@@ -18,8 +18,8 @@ from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.output_stage import Block
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.block_model import visible_positions
 from treeflash.drafters.config import DrafterConfig, LayerKind, window_gap
+from treeflash.drafters.layers import visible_positions
 from treeflash_mlx.cache import BatchStorage, share_storage, storages_of
 from treeflash_mlx.drafter_model import OPERATIONS, DrafterModel, read
 from treeflash_mlx.numerics import gumbel, log_softmax, top_log_probs

@@ -16,9 +16,9 @@ from mlx_lm.models import gemma3_text, qwen3
 from mlx_lm.models.switch_layers import SwitchGLU
 from numpy.typing import NDArray
 
-from treeflash.drafters.block_model import BlockModel
 from treeflash.drafters.config import DrafterConfig, DrafterShape
 from treeflash.drafters.heads.operations import Operations
+from treeflash.drafters.layers import BlockModel
 from treeflash_mlx.numerics import log_softmax, logsumexp, top_indices, top_log_probs
 from treeflash_mlx.target import Target
 

@@ -23,7 +23,6 @@ from dataclasses import replace
 from typing import Any
 
 from treeflash.drafters import backbone
-from treeflash.drafters.block_model import BlockModel
 from treeflash.drafters.config import (
     DrafterConfig,
     inverse_frequencies,
@@ -34,6 +33,7 @@ from treeflash.drafters.heads import domino, markov, selector, treeflash
 from treeflash.drafters.heads.head_format import HeadFormat
 from treeflash.drafters.heads.shapes import as_outline, shapes_of
 from treeflash.drafters.heads.treeflash import PREFIX as TREEFLASH_PREFIX
+from treeflash.drafters.layers import BlockModel
 
 HEADS: dict[str, HeadFormat] = {
     **treeflash.HEADS,

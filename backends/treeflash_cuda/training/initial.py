@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from treeflash.drafters.backbone import default_target_layer_ids
-from treeflash.drafters.block_model import Convolution
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, stored_shapes
 from treeflash.drafters.formats import (
@@ -25,6 +24,7 @@ from treeflash.drafters.formats import (
 from treeflash.drafters.heads.markov import Markov
 from treeflash.drafters.heads.selector import Selector
 from treeflash.drafters.heads.treeflash import Linear, SwiGLU
+from treeflash.drafters.layers import Convolution
 from treeflash.drafters.loading import VOCABULARY, drafter_config
 from treeflash.errors import ConfigError
 from treeflash.training.config import DEFAULT_LAYERS, NEW_DRAFTERS, TrainConfig, trained_head_name
