@@ -28,10 +28,16 @@ from treeflash.drafters.config import (
     inverse_frequencies,
     rope_parameters,
 )
-from treeflash.drafters.format import Config, Format, Names, Shapes
+from treeflash.drafters.format import (
+    Config,
+    Format,
+    HeadFormat,
+    Names,
+    Shapes,
+    as_outline,
+    shapes_of,
+)
 from treeflash.drafters.heads import domino, markov, selector, treeflash
-from treeflash.drafters.heads.head_format import HeadFormat
-from treeflash.drafters.heads.shapes import as_outline, shapes_of
 from treeflash.drafters.heads.treeflash import PREFIX as TREEFLASH_PREFIX
 from treeflash.drafters.layers import BlockModel
 

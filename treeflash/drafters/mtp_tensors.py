@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from treeflash.drafters.format import Shapes
-from treeflash.drafters.heads.shapes import as_outline, shapes_of, swiglu
+from treeflash.drafters.format import Shapes, as_outline, shapes_of, swiglu
 from treeflash.drafters.mtp_heads import Assistant, MtpConfig
 from treeflash.drafters.mtp_layer import MtpLayer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from treeflash.drafters.config import DrafterConfig
-from treeflash.drafters.heads.head_format import HeadFormat
+from treeflash.drafters.format import HeadFormat
 from treeflash.drafters.heads.operations import Array, Module, RecurrentCell, Slots
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from treeflash.drafters.config import DrafterConfig
-from treeflash.drafters.heads.head_format import HeadFormat
+from treeflash.drafters.format import HeadFormat
 from treeflash.drafters.heads.operations import Array, ConditionalHead, Rows, ScoredTokens, Slots
 
 PREFIX = "ar_approximation."
