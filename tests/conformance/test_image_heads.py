@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from image_models import SECTIONS, picture, random_model, random_processors, save_published
+from image_models import TABLES, picture, random_model, random_processors, save_published
 from mtp_pairs import write_head
 from parts import load_with_parts
 from safetensors.torch import load_file
@@ -30,7 +30,7 @@ from treeflash.registry import loader
 
 CPU = LoadConfig(device="cpu", dtype="float32")
 EAGLE = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}}
-AXES = {"rope_scaling": SECTIONS | {"rope_type": "mrope"}}
+AXES = {"rope_scaling": TABLES["parts"]["sections"]["rope_parameters"] | {"rope_type": "mrope"}}
 KINDS = {
     "qwen3_5-mtp": ("qwen3_5", "mtp", {}),
     "qwen3_vl-eagle3": ("qwen3_vl", "eagle3", EAGLE | AXES),

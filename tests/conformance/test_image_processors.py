@@ -12,8 +12,7 @@ import mlx_processors
 import numpy as np
 import torch
 import transformers
-from image_models import random_model, save_published
-from image_processors import PROCESSORS
+from image_models import PROCESSORS, random_model, save_published
 from treeflash_cuda.images import Features, device_inputs
 
 from treeflash.decoding.families import FAMILIES, ImageFamily

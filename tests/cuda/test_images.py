@@ -11,8 +11,16 @@ import treeflash_cuda.backend as loading
 from engines import cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_models import CONFIGS, IMAGE, RandomProcessor, picture, random_model
-from image_processors import PROCESSORS
+from image_models import (
+    CONFIGS,
+    IMAGE,
+    PROCESSORS,
+    TOKENS,
+    RandomProcessor,
+    Vision,
+    picture,
+    random_model,
+)
 from parts import load_with_parts
 from PIL import Image as Picture
 from stand_ins import stand_in
@@ -30,7 +38,6 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Model
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from treeflash_cuda.backend import load
 from treeflash_cuda.images import read_processor
-from vision import TOKENS, Vision
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, Scheduler, families

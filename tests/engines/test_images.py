@@ -14,9 +14,8 @@ pytest.importorskip("torch")
 import transformers
 from engines import each
 from failures import failing
-from image_models import CONFIGS, picture
+from image_models import CONFIGS, Vision, picture, request, steady_scheduler
 from mtp_pairs import write_peagle_head
-from vision import Vision, request, steady_scheduler
 
 from treeflash.decoding import Scheduler, SchedulerConfig
 from treeflash.decoding.backend_base import BaseState

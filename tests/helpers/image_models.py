@@ -1,4 +1,4 @@
-"""Tiny random vision-language models, and a processor that needs no tokenizer."""
+"""Tiny random vision-language models, as transformers and as an engine run them, and processors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,12 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from treeflash.config import DecodeConfig, SamplingConfig
+from treeflash.decoding import Request, Scheduler, SchedulerConfig
+from treeflash.decoding.adaptive_budget import AdaptiveBudgets
+from treeflash.decoding.verify_costs import SIZES, VerifyCosts
 
 REPLACED = (
     (hf.AutoProcessor, "from_pretrained"),
@@ -25,211 +33,36 @@ REPLACED = (
 """What mlx-vlm replaces in transformers, so that folders without a processor have one."""
 
 VOCAB, IMAGE, START, END = 320, 300, 302, 303
-PATCH, MERGE = 4, 2
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-}
-QWEN = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 2,
-    "patch_size": PATCH,
-    "temporal_patch_size": 1,
-    "spatial_merge_size": MERGE,
-    "out_hidden_size": 64,
-}
-TOKENS = {
-    "image_token_id": IMAGE,
-    "video_token_id": 301,
-    "vision_start_token_id": START,
-    "vision_end_token_id": END,
-}
-ROPE = {"rope_type": "default", "rope_theta": 1e4}
-SECTIONS = ROPE | {"mrope_section": [4, 2, 2]}
-INTERLEAVED = TEXT | {"rope_parameters": SECTIONS | {"mrope_interleaved": True}}
-DELTA_NET = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "layer_types": ["linear_attention", "full_attention"] * 2,
-    "rope_parameters": ROPE
-    | {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.5},
-}
-EXPERTS = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "decoder_sparse_step": 1,
-}
-DEEP = QWEN | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-GLM = QWEN | {"num_hidden_layers": 2, "image_size": 32, "attention_bias": False}
-GLM_TEXT = TEXT | {"rope_parameters": SECTIONS | {"partial_rotary_factor": 1.0}}
-GLM_TOKENS = {
-    "image_start_token_id": START,
-    "image_end_token_id": END,
-    "image_token_id": IMAGE,
-    "video_token_id": 301,
-}
-LLAMA = TEXT | {"model_type": "llama"}
-SQUARES = VISION | {"image_size": 32, "patch_size": 8}
-TILES = {"text_config": LLAMA, "vision_config": SQUARES, "image_token_id": IMAGE, "scale_factor": 2}
-PIXTRAL = VISION | {
-    "model_type": "pixtral",
-    "image_size": 64,
-    "patch_size": PATCH,
-    "head_dim": 16,
-    "hidden_act": "silu",
-}
-MISTRAL = {
-    "text_config": TEXT | {"model_type": "mistral", "sliding_window": None},
-    "vision_config": PIXTRAL,
-    "image_token_index": IMAGE,
-}
-GEMMA_4 = TEXT | {
-    "num_hidden_layers": 6,
-    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
-    "sliding_window": 9,
-    "vocab_size_per_layer_input": VOCAB,
-}
+PATCH = 4
+TABLES = json.loads((Path(__file__).parent / "image_models.json").read_text("utf-8"))
+"""The settings of families, and the parts that they use.
+
+Gemma 4 embeds tokens of video and audio, which are outside of the vocabulary, as padding, also in
+answers.
+"""
 
 
-def _gemma4(**text: Any) -> Any:
-    return hf.Gemma4Config(
-        text_config=GEMMA_4 | text,
-        vision_config=VISION
-        | {
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "patch_size": PATCH,
-            "pooling_kernel_size": MERGE,
-            "position_embedding_size": 32,
-        },
-        image_token_id=IMAGE,
-        boi_token_id=START,
-        eoi_token_id=END,
-        # Outside of the vocabulary: transformers embeds them as padding, also in answers.
-        video_token_id=VOCAB,
-        audio_token_id=VOCAB + 1,
-    )
+def completed(settings: Any) -> Any:
+    """Return settings with the parts that they use."""
+    if not isinstance(settings, dict):
+        return settings
+    found: dict[str, Any] = {}
+    for name in filter(None, settings.get("use", "").split(", ")):
+        found |= completed(TABLES["parts"][name])
+    return found | {key: completed(x) for key, x in settings.items() if key != "use"}
 
 
-def _qwen(kind: str, text: dict[str, Any], vision: dict[str, Any]) -> Any:
-    return getattr(hf, f"{kind}Config")(text_config=text, vision_config=vision, **TOKENS)
+def configuration(settings: dict[str, Any]) -> Any:
+    """Make a configuration of transformers."""
+    own = completed(settings)
+    return getattr(hf, f"{own.pop('kind')}Config")(**own)
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {
-    "qwen2_vl": lambda: _qwen(
-        "Qwen2VL",
-        TEXT | {"rope_parameters": SECTIONS},
-        {
-            "depth": 2,
-            "embed_dim": 32,
-            "num_heads": 2,
-            "mlp_ratio": 2,
-            "patch_size": PATCH,
-            "temporal_patch_size": 1,
-            "hidden_size": 64,
-        },
-    ),
-    "qwen2_5_vl": lambda: _qwen(
-        "Qwen2_5_VL",
-        TEXT | {"rope_parameters": SECTIONS},
-        QWEN | {"window_size": 16, "fullatt_block_indexes": [1]},
-    ),
-    "qwen3_vl": lambda: _qwen("Qwen3VL", INTERLEAVED, DEEP),
-    "qwen3_vl_moe": lambda: _qwen("Qwen3VLMoe", INTERLEAVED | EXPERTS, DEEP),
-    "qwen3_5": lambda: _qwen("Qwen3_5", TEXT | DELTA_NET, QWEN | {"num_position_embeddings": 64}),
-    "qwen3_5_moe": lambda: _qwen(
-        "Qwen3_5Moe", TEXT | DELTA_NET | EXPERTS, QWEN | {"num_position_embeddings": 64}
-    ),
-    "lfm2_vl": lambda: hf.Lfm2VlConfig(
-        text_config=TEXT
-        | {
-            "model_type": "lfm2",
-            "layer_types": ["conv", "full_attention"] * 2,
-            "conv_L_cache": 3,
-            "block_auto_adjust_ff_dim": False,
-        },
-        vision_config=VISION
-        | {
-            "model_type": "siglip2_vision_model",
-            "patch_size": PATCH,
-            "num_patches": 64,
-            "vision_use_head": False,
-        },
-        image_token_id=IMAGE,
-        downsample_factor=2,
-        projector_hidden_size=48,
-    ),
-    "gemma3": lambda: hf.Gemma3Config(
-        text_config=TEXT
-        | {
-            "num_hidden_layers": 6,
-            "sliding_window": 9,
-            "sliding_window_pattern": 3,
-            "query_pre_attn_scalar": 16,
-        },
-        vision_config=SQUARES | {"vision_use_head": False},
-        mm_tokens_per_image=4,
-        image_token_index=IMAGE,
-        boi_token_index=START,
-        eoi_token_index=END,
-    ),
-    "gemma4": lambda: _gemma4(
-        use_bidirectional_attention="vision", hidden_size_per_layer_input=0, global_head_dim=16
-    ),
-    "gemma4 small": lambda: _gemma4(
-        hidden_size_per_layer_input=8, num_kv_shared_layers=2, global_head_dim=32
-    ),
-    "smolvlm": lambda: hf.SmolVLMConfig(**TILES, pad_token_id=0),
-    "idefics3": lambda: hf.Idefics3Config(**TILES, pad_token_id=0),
-    "llava": lambda: hf.LlavaConfig(
-        text_config=LLAMA,
-        vision_config=SQUARES | {"model_type": "siglip_vision_model", "vision_use_head": False},
-        image_token_index=IMAGE,
-        vision_feature_select_strategy="full",
-        image_seq_length=16,
-    ),
-    "mistral3": lambda: hf.Mistral3Config(**MISTRAL, spatial_merge_size=2, vision_feature_layer=-1),
-    "pixtral": lambda: hf.LlavaConfig(
-        **MISTRAL, vision_feature_select_strategy="full", vision_feature_layer=-1
-    ),
-    "glm4v": lambda: hf.Glm4vConfig(text_config=GLM_TEXT, vision_config=GLM, **GLM_TOKENS),
-    "glm46v": lambda: hf.Glm46VConfig(
-        text_config=GLM_TEXT | {"model_type": "glm4v_text"},
-        vision_config=GLM | {"model_type": "glm4v_vision"},
-        **GLM_TOKENS,
-    ),
+    family: partial(configuration, settings) for family, settings in TABLES["families"].items()
 }
-GRIDS = (
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "glm4v",
-    "glm46v",
-)
+GRIDS = ("glm4v", "glm46v", *(family for family in CONFIGS if family.startswith("qwen")))
+"""Families whose pictures are grids of patches."""
 
 
 def random_model(family: str) -> Any:
@@ -383,3 +216,179 @@ def reference(model: Any, ids: list[int], images: Any, length: int) -> list[int]
         pad_token_id=0,
     )
     return made[0, len(ids) :].tolist()
+
+
+TOKENS = 10
+LIMITS = SchedulerConfig(snapshot_interval=4)
+TEXTS = (
+    ("ab<image>cd", [picture(1)]),
+    ("<image>ef<image>gh", [picture(1), picture(2, 24, 16)]),
+    ("ab<image>cd", [picture(3)]),
+)
+
+
+class Vision:
+    """A model of transformers, and the same model as an engine's target."""
+
+    def __init__(self, engine, family, folder, **settings):
+        self.engine, self.family, self.folder = engine, family, folder
+        self.model = random_model(family)
+        engine.save_with_images(family, self.model, folder)
+        self.backend = self.load(**settings)
+        assert not isinstance(self.backend.images, str), self.backend.images
+        self.prompts = [self.encode(*text) for text in TEXTS]
+
+    def load(self, drafter=None, load=None, **settings):
+        """Load the target with the engine's settings, or by a function."""
+        with random_processors(self.family, self.engine.images):
+            return (load or self.engine.load)(self.folder, drafter, **settings)
+
+    def encode(self, text, pictures=()):
+        if not pictures:
+            return [1, *map(ord, text)], None
+        return self.backend.images.encode(text, pictures)
+
+    def reference(self, prompt, tokens=TOKENS):
+        return reference(self.model, *prompt, tokens)
+
+    @cached_property
+    def expected(self):
+        """The tokens after `prompts`."""
+        return [self.reference(prompt) for prompt in self.prompts]
+
+    def decode(self, prompts, size=1000, cache=None, method="suffix", tokens=TOKENS, **sampling):
+        """The tokens after prompts, decoded together in chunks of a size."""
+        config = replace(LIMITS, prefill_chunk=size, lone_prefill_chunk=size)
+        scheduler = steady_scheduler(self.backend, config, cache)
+        texts = {request(prompt, method, tokens, **sampling): [] for prompt in prompts}
+        for one, step in scheduler.decode(texts):
+            texts[one] += step.tokens
+        return list(texts.values())
+
+    def decode_alone(self, prompt, cache):
+        """The steps after a prompt."""
+        scheduler = steady_scheduler(self.backend, cache=cache)
+        return [step for _, step in scheduler.decode([request(prompt)])]
+
+
+def steady_scheduler(backend, config=LIMITS, cache=None):
+    """A scheduler that need not time forward passes for its adaptive budget."""
+    budgets = AdaptiveBudgets(VerifyCosts({size: 1 + 0.01 * size for size in SIZES}))
+    return Scheduler(backend, config, budgets=budgets, prefix_cache=cache)
+
+
+def request(prompt, method="suffix", tokens=TOKENS, **sampling):
+    decode = DecodeConfig(method=method, max_tokens=tokens, sampling=SamplingConfig(**sampling))
+    return Request(prompt_ids=prompt[0], images=prompt[1], config=decode)
+
+
+QWEN = {300: "<|image_pad|>", 301: "<|video_pad|>", 302: "<|vision_start|>", 303: "<|vision_end|>"}
+GLM = {
+    300: "<|image|>",
+    301: "<|video|>",
+    302: "<|begin_of_image|>",
+    303: "<|end_of_image|>",
+    304: "<|begin_of_video|>",
+    305: "<|end_of_video|>",
+}
+LFM2 = {300: "<image>", 302: "<|image_start|>", 303: "<|image_end|>", 304: "<|img_thumbnail|>"}
+GEMMA_4 = {300: "<|image|>", 301: "<|video|>", 302: "<|image>", 303: "<image|>", 305: "<|audio|>"}
+GEMMA = {300: "<image_soft_token>", 302: "<start_of_image>", 303: "<end_of_image>"}
+IDEFICS = {300: "<image>", 302: "<fake_token_around_image>", 303: "<global-img>"}
+GRID = {"patch_size": 4, "temporal_patch_size": 1, "merge_size": 2}
+PIXELS = {"size": {"shortest_edge": 64, "longest_edge": 64 * 64}}
+TILES = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+
+
+def tokenizer(tokens: dict[int, str], **names: str) -> Any:
+    """A token for each byte, and special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    special = [tokens.get(i, f"<unused{i}>") for i in range(256, 320)]
+    made.add_special_tokens([AddedToken(x, special=True, normalized=False) for x in special])
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<unused310>", extra_special_tokens=names
+    )
+
+
+def qwen(kind: str, video: str) -> Any:
+    return getattr(hf, f"{kind}Processor")(
+        image_processor=hf.Qwen2VLImageProcessor(**GRID, min_pixels=64, max_pixels=4096),
+        tokenizer=tokenizer(QWEN),
+        video_processor=getattr(hf, f"{video}VideoProcessor")(),
+    )
+
+
+def glm(kind: str) -> Any:
+    return getattr(hf, f"{kind}Processor")(
+        image_processor=getattr(hf, f"{kind}ImageProcessor")(**GRID, **PIXELS),
+        tokenizer=tokenizer(GLM),
+        video_processor=getattr(hf, f"{kind}VideoProcessor")(),
+    )
+
+
+PROCESSORS: dict[str, Callable[[], Any]] = {
+    "qwen2_vl": lambda: qwen("Qwen2VL", "Qwen2VL"),
+    "qwen2_5_vl": lambda: qwen("Qwen2_5_VL", "Qwen2VL"),
+    "qwen3_vl": lambda: qwen("Qwen3VL", "Qwen3VL"),
+    "qwen3_5": lambda: qwen("Qwen3VL", "Qwen3VL"),
+    "glm4v": lambda: glm("Glm4v"),
+    "glm46v": lambda: glm("Glm46V"),
+    "gemma3": lambda: hf.Gemma3Processor(
+        hf.Gemma3ImageProcessor(size={"height": 32, "width": 32}),
+        tokenizer(GEMMA, image_token=GEMMA[300], boi_token=GEMMA[302], eoi_token=GEMMA[303]),
+        image_seq_length=4,
+    ),
+    "gemma4": lambda: hf.Gemma4Processor(
+        hf.Gemma4AudioFeatureExtractor(),
+        hf.Gemma4ImageProcessor(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70),
+        tokenizer(
+            GEMMA_4,
+            image_token=GEMMA_4[300],
+            boi_token=GEMMA_4[302],
+            eoi_token=GEMMA_4[303],
+            audio_token=GEMMA_4[305],
+            boa_token="<unused306>",
+            eoa_token="<unused307>",
+        ),
+        hf.Gemma4VideoProcessor(),
+    ),
+    "lfm2_vl": lambda: hf.Lfm2VlProcessor(
+        hf.Lfm2VlImageProcessor(
+            tile_size=32,
+            encoder_patch_size=4,
+            downsample_factor=2,
+            min_image_tokens=4,
+            max_image_tokens=16,
+            max_num_patches=64,
+            do_image_splitting=False,
+        ),
+        tokenizer(
+            LFM2,
+            image_token=LFM2[300],
+            image_start_token=LFM2[302],
+            image_end_token=LFM2[303],
+            image_thumbnail=LFM2[304],
+        ),
+    ),
+    "idefics3": lambda: hf.Idefics3Processor(
+        hf.Idefics3ImageProcessor(**TILES), tokenizer(IDEFICS), image_seq_len=4
+    ),
+    "llava": lambda: hf.LlavaProcessor(
+        hf.CLIPImageProcessor(
+            size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32}
+        ),
+        tokenizer({300: "<image>"}, image_token="<image>"),
+        patch_size=8,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+    ),
+    "mistral3": lambda: hf.PixtralProcessor(
+        hf.PixtralImageProcessor(patch_size=4, size={"longest_edge": 64}),
+        tokenizer({300: "[IMG]", 302: "[IMG_BREAK]", 303: "[IMG_END]"}),
+        patch_size=4,
+        spatial_merge_size=2,
+    ),
+}
