@@ -149,7 +149,6 @@ WRONG = [
     (chat(tools=[function("")]), "tools.0.function.name"),
     (chat(tools=[{"type": "web_search"}]), "tools.0.type"),
     (chat(response_format=FORMAT, structured_outputs={"regex": "a"}), "structured_outputs"),
-    (chat(structured_outputs={"grammar": "root ::= missing"}), "invalid grammar: "),
     # Prompts
     (said(role="user", content=None), "a message with the role user needs content"),
     (
@@ -254,6 +253,7 @@ WRONG = [
         "add their results",
     ),
     (ollama("generate", prompt="Hi", options={"mirostat": 1}), "options.mirostat"),
+    (ollama("generate", prompt="Hi", options={"typical_p": 0.7}), "options.typical_p"),
     (ollama("generate", prompt="Hi", raw=True, system="Be kind."), "raw has no template"),
     (ollama("generate", prompt="Hi", suffix="."), "suffix needs a model whose tokenizer has"),
     (ollama("generate", keep_alive="soon"), "keep_alive must be seconds or a text such as"),
@@ -359,6 +359,10 @@ def test_what_a_response_could_not_repeat_is_refused(tool_server, field, value):
         ("POST", "/v1/embeddings", 404, "POST /v1/embeddings: this server generates text; embed"),
         ("POST", "/v1/rerank", 404, "POST /v1/rerank: this server generates text; embeddings"),
         ("POST", "/infill", 404, "POST /infill: to fill a gap, send the text after it as suffix"),
+        ("POST", "/api/embed", 404, "this server generates text; embeddings"),
+        ("POST", "/api/pull", 404, "this server has the models that it was started with"),
+        ("DELETE", "/api/delete", 404, "this server has the models that it was started with"),
+        ("POST", "/api/blobs/sha256:29fd", 404, "POST /api/blobs/sha256:29fd: this server has"),
     ],
 )
 def test_paths(server, method, path, status, says):

@@ -221,6 +221,13 @@ NOTHING = {
     "top_k": -1,
     "user": "x",
     "verbosity": "low",
+    # added by vllm-router
+    "include_reasoning": True,
+    "no_stop_trim": False,
+    "return_hidden_states": False,
+    "separate_reasoning": True,
+    "skip_special_tokens": True,
+    "stream_reasoning": True,
 }
 
 

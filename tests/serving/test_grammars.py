@@ -275,22 +275,6 @@ def test_without_rollback_texts_differ(compiler, model):
         equal()
 
 
-@pytest.mark.parametrize(
-    "grammar",
-    [
-        Grammar.json({"type": "objekt"}),
-        Grammar.json({"type": "string", "format": "no-such-format"}),
-        Grammar.regex("[a-"),
-        Grammar.lark("start: missing"),
-    ],
-    ids=["type", "format", "regex", "lark"],
-)
-def test_invalid_grammars(compiler, grammar):
-    with pytest.raises(GrammarError, match="invalid grammar") as caught:
-        compiler.compile(grammar)
-    assert "\n" not in str(caught.value)
-
-
 def test_errors_do_not_show_the_state_of_the_parser(compiler, model):
     """Clients read them."""
     constraint = compiler.compile(GRAMMARS["choice"])()

@@ -8,16 +8,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from failures import failing
 from safetensors.numpy import load_file, save_file
-from servers import NAME, check_error, serving
-from stub_images import picture, url_of
-from tool_models import COLOUR, tool_model
+from servers import NAME, serving
+from tool_models import tool_model
 
 from treeflash.hub.sizes import parameter_count
 from treeflash.low_bits import METHOD, LowBitFormat, StoredWeight
 from treeflash.serving.model_facts import ModelFacts
-from treeflash.serving.ollama import ChatRequest, OllamaFormatter, OllamaOptions, human_number
+from treeflash.serving.ollama import ChatRequest, OllamaOptions, human_number
 
 ollama = pytest.importorskip("ollama")
 
@@ -29,7 +27,6 @@ PACKED = {
     name: StoredWeight(name=kind, format=FOUR_BITS, shape=shape).document()
     for name, kind, shape in SHAPES
 }
-PAINT = {"type": "function", "function": {"name": "paint", "parameters": COLOUR}}
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +105,21 @@ def test_results_without_an_id_answer_the_calls_that_have_none_yet():
     assert [x["tool_call_id"] for x in found[2:]] == ["b", "a", "c"]
 
 
+MACHINE = {"num_ctx": 4096, "num_gpu": 99, "num_thread": 2, "use_mmap": True, "num_batch": 2}
+MACHINE |= {"main_gpu": 0, "numa": False, "num_keep": 5, "draft_num_predict": 4}
+MACHINE |= {"penalize_newline": True, "typical_p": 1.0}
+
+
 def test_options_of_a_machine_change_nothing(client):
     plain = client.generate(NAME, "Hello.", raw=True, options=SHORT)
-    machine = {"num_ctx": 4096, "num_gpu": 99, "num_thread": 2, "use_mmap": True}
-    found = client.generate(NAME, "Hello.", raw=True, options=SHORT | machine, keep_alive="5m")
+    found = client.generate(NAME, "Hello.", raw=True, options=SHORT | MACHINE, keep_alive="5m")
     assert found.response == plain.response
+
+
+def test_the_only_model_stays_loaded(client):
+    assert client.generate(NAME, keep_alive=0).done_reason == "load"
+    assert client.chat(NAME, [], keep_alive=0).done_reason == "load"
+    assert [model.model for model in client.ps().models] == [NAME]
 
 
 def test_what_clients_in_go_send(server):
@@ -194,14 +201,6 @@ def test_a_digest_is_of_the_model(client, server, tmp_path):
     assert again["digest"] != listed.digest
 
 
-def test_an_error_within_a_stream_is_its_last_line(server):
-    body = {"model": NAME, "prompt": "Hi", "options": SHORT}
-    with failing(OllamaFormatter, "_end", RuntimeError("broken")):
-        response = server.post("/api/generate", body)
-    last = json.loads(response.text.splitlines()[-1])
-    assert last == {"error": "the server failed; its log has the reason"}
-
-
 def test_the_version(server):
     """Editors refuse a server whose version of Ollama's API is too old."""
     from treeflash import __version__
@@ -209,128 +208,3 @@ def test_the_version(server):
     found = server.client.get("/api/version").json()
     assert tuple(map(int, found["version"].split("."))) >= (0, 6, 4)
     assert found["treeflash"] == __version__
-
-
-# The requests of Ollama's page about its API (docs/api.md of its repository at fb307609), with
-# this server's model. A body is a form by its content type, as curl says unless told otherwise.
-IMAGE = url_of(picture(3)).partition(",")[2]
-SKY = {"model": NAME, "prompt": "Why is the sky blue?"}
-MESSAGES = [{"role": "user", "content": "why is the sky blue?"}]
-CHAT = {"model": NAME, "messages": MESSAGES}
-WHOLE = {"stream": False}
-NINE = {"options": {"num_predict": 9}}
-AGE = {
-    "type": "object",
-    "properties": {"age": {"type": "integer"}, "available": {"type": "boolean"}},
-    "required": ["age", "available"],
-}
-CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-PLACE = {
-    "type": "object",
-    "properties": {
-        "location": {"type": "string", "description": "San Francisco, CA"},
-        "format": {"type": "string", "enum": ["celsius", "fahrenheit"]},
-    },
-    "required": ["location", "format"],
-}
-
-
-def tool(name, parameters):
-    function = {"name": name, "description": "Get the weather", "parameters": parameters}
-    return {"tools": [{"type": "function", "function": function}]}
-
-
-HISTORY = [
-    *MESSAGES,
-    {"role": "assistant", "content": "due to rayleigh scattering."},
-    {"role": "user", "content": "how is that different than mie scattering?"},
-]
-CALL = {"function": {"name": "get_weather", "arguments": {"city": "Toronto"}}}
-CALLED = [
-    {"role": "user", "content": "what is the weather in Toronto?"},
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
-    {"role": "tool", "content": "11 degrees celsius", "tool_name": "get_weather"},
-]
-SAMPLING = {"seed": 42, "top_k": 20, "top_p": 0.9, "min_p": 0.0, "temperature": 0.8}
-PENALTIES = {"repeat_penalty": 1.2, "presence_penalty": 1.5, "frequency_penalty": 1.0}
-LENGTHS = {"num_keep": 5, "num_predict": 9, "draft_num_predict": 4, "repeat_last_n": 33}
-MACHINE = {"numa": False, "num_ctx": 1024, "num_batch": 2, "num_gpu": 1, "main_gpu": 0}
-MACHINE |= {"use_mmap": True, "num_thread": 8}
-OPTIONS = SAMPLING | PENALTIES | LENGTHS | MACHINE
-OPTIONS |= {"penalize_newline": True, "stop": ["\n", "user:"]}
-GENERATE, TALK = "/api/generate", "/api/chat"
-ANSWERED = [
-    (GENERATE, {**SKY, **NINE}),
-    (GENERATE, {**SKY, **NINE, **WHOLE}),
-    (GENERATE, {**SKY, **WHOLE, "format": AGE, "options": {"num_predict": 200}}),
-    (GENERATE, {**SKY, **NINE, **WHOLE, "format": "json"}),
-    (GENERATE, {**SKY, **NINE, **WHOLE, "prompt": "[INST] why? [/INST]", "raw": True}),
-    (GENERATE, {**SKY, "options": {"seed": 123, "num_predict": 9}}),
-    (GENERATE, {**SKY, **WHOLE, "options": OPTIONS}),
-    (GENERATE, {"model": NAME}),
-    (GENERATE, {"model": NAME, "keep_alive": 0}),
-    (TALK, {**CHAT, **NINE}),
-    (TALK, {**CHAT, **NINE, **tool("get_weather", CITY)}),
-    (TALK, {**CHAT, **NINE, **WHOLE}),
-    (TALK, {**CHAT, **NINE, **WHOLE, **tool("get_weather", CITY)}),
-    (TALK, {**CHAT, **WHOLE, "format": AGE, "options": {"temperature": 0, "num_predict": 200}}),
-    (TALK, {**CHAT, **NINE, "messages": HISTORY}),
-    (TALK, {**CHAT, **NINE, **WHOLE, **tool("get_weather", CITY), "messages": CALLED}),
-    (TALK, {**CHAT, "options": {"seed": 101, "temperature": 0, "num_predict": 9}}),
-    (TALK, {**CHAT, **NINE, **WHOLE, **tool("get_current_weather", PLACE)}),
-    (TALK, {"model": NAME, "messages": []}),
-    (TALK, {"model": NAME, "messages": [], "keep_alive": 0}),
-    ("/api/show", {"model": NAME}),
-]
-FILL, FIXED, NO_EMBEDDINGS = "suffix needs a model", "changes none", "embeddings"
-DIGEST = "sha256:29fdb92e57cf0827ded04ae6461b5931d01fa595843f55d36f5b275a52087dd2"
-REFUSED = [
-    ("POST", GENERATE, {**SKY, **WHOLE, "suffix": "    return result"}, 400, FILL),
-    ("POST", GENERATE, {**SKY, "options": {"typical_p": 0.7}}, 400, "options.typical_p"),
-    ("POST", GENERATE, {**SKY, "images": [IMAGE]}, 400, "images"),
-    ("POST", TALK, {**CHAT, "messages": [{**MESSAGES[0], "images": [IMAGE]}]}, 400, "images"),
-    ("POST", "/api/create", {"model": "mario", "from": NAME, "system": "Be Mario."}, 404, FIXED),
-    ("POST", "/api/create", {"model": "q", "from": NAME, "quantize": "q4_K_M"}, 404, FIXED),
-    ("POST", "/api/create", {"model": "q", "files": {"test.gguf": DIGEST}}, 404, FIXED),
-    ("POST", f"/api/blobs/{DIGEST}", {}, 404, FIXED),
-    ("POST", "/api/copy", {"source": NAME, "destination": "other"}, 404, FIXED),
-    ("DELETE", "/api/delete", {"model": NAME}, 404, FIXED),
-    ("POST", "/api/pull", {"model": NAME}, 404, FIXED),
-    ("POST", "/api/push", {"model": NAME}, 404, FIXED),
-    ("POST", "/api/embed", {"model": NAME, "input": "Why?"}, 404, NO_EMBEDDINGS),
-    ("POST", "/api/embed", {"model": NAME, "input": ["Why?", "How?"]}, 404, NO_EMBEDDINGS),
-    ("POST", "/api/embeddings", {"model": NAME, "prompt": "Llamas"}, 404, NO_EMBEDDINGS),
-]
-
-
-def curl(server, path, body, method="POST"):
-    """Send a body as `curl -d` does."""
-    headers = {"Content-Type": "application/x-www-form-urlencoded"}
-    content = json.dumps(body).encode()
-    return server.client.request(method, path, content=content, headers=headers)
-
-
-@pytest.mark.parametrize(("path", "body"), ANSWERED)
-def test_examples_are_answered(server, path, body):
-    response = curl(server, path, body)
-    assert response.status_code == 200, response.text
-    *_, last = map(json.loads, response.text.splitlines())
-    if path == "/api/show":
-        assert last["details"]["family"] == "llama"
-        return
-    assert last["done"]
-    if isinstance(body.get("format"), dict) and last["done_reason"] == "stop":
-        text = last["response"] if path == GENERATE else last["message"]["content"]
-        assert json.loads(text).keys() == {"age", "available"}
-
-
-@pytest.mark.parametrize(("method", "path", "body", "status", "says"), REFUSED)
-def test_examples_that_are_refused_have_a_reason(server, method, path, body, status, says):
-    check_error(curl(server, path, body, method), status, says)
-
-
-def test_lists_are_asked_for_without_a_body(server):
-    for path in ("/api/tags", "/api/ps"):
-        (model,) = server.client.get(path).json()["models"]
-        assert model["name"] == NAME
-    assert server.client.head(f"/api/blobs/{DIGEST}").status_code == 404

@@ -432,6 +432,26 @@ def test_schemas_are_enforced(allowed, api):
         assert not answer.accepts(text), text
 
 
+NO_SCHEMA = {"type": "object", "properties": {"a": {"type": "colour"}}}
+
+
+@apis("schema")
+def test_what_is_no_schema_is_refused(server, api):
+    response = server.post(*api.request(Ask(schema=NO_SCHEMA)))
+    param = "text" if api.path == "/v1/responses" else "response_format"
+    check_error(response, 400, "invalid grammar: ", param=param)
+
+
+@apis("calls")
+def test_what_is_no_schema_of_a_function_is_refused(server, api):
+    function = {"name": "paint", "parameters": NO_SCHEMA}
+    response = server.post(*api.request(Ask(functions=[function | {"strict": True}])))
+    check_error(response, 400, "invalid grammar: ", param="tools")
+    if "choice" in api.can:
+        response = server.post(*api.request(Ask(functions=[function], choice="required")))
+        check_error(response, 400, "invalid grammar: ", param="tool_choice")
+
+
 @apis("schema")
 def test_white_space_between_json_tokens_is_bounded(allowed, api):
     accepts = allowed(api, schema=COLOUR).accepts

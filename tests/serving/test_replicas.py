@@ -1,4 +1,4 @@
-"""Replicas: requests that are passed on, the choice of a replica, and Ray and a router nightly."""
+"""Replicas: requests that are passed on, the choice of a replica, and Ray nightly."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import asyncio
 import importlib
 import json
 import os
-import shutil
 import signal
-import socket
-import subprocess
 import sys
 import threading
 from itertools import count
@@ -19,8 +16,8 @@ import httpx
 import psutil
 import pytest
 from asgi import Pieces, ask, ingress
-from bodies import CHAT, TEXT
-from servers import PATIENCE, parse, serving, wait_until
+from bodies import CHAT
+from servers import PATIENCE, parse, wait_until
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
@@ -375,61 +372,3 @@ def test_a_killed_replica_loses_only_its_own_streams_and_is_replaced(url):
     wait_until(lambda: len(now := replica_pids()) == 2 and now != before)
     body = chat("Name a river.", max_tokens=2)
     assert httpx.post(url + CHAT, json=body, timeout=300).status_code == 200
-
-
-# vllm-router in front of two servers.
-
-QUESTION = {"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 8}
-
-
-@pytest.fixture
-def route():
-    """Start a router in front of servers with these addresses; returns its own."""
-    command = shutil.which("vllm-router")
-    if command is None:
-        pytest.skip("vllm-router is not installed")
-    processes = []
-
-    def route(*urls):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        options = ["--policy", "cache_aware", "--host", "127.0.0.1", "--port", str(port)]
-        process = subprocess.Popen([command, *options, "--worker-urls", *urls])
-        processes.append(process)
-
-        def ready():
-            assert process.poll() is None, "the router has ended"
-            try:
-                return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
-            except httpx.TransportError:
-                return False
-
-        wait_until(ready, 60)
-        return f"http://127.0.0.1:{port}"
-
-    yield route
-    for process in processes:
-        process.terminate()
-        process.wait()
-
-
-@pytest.mark.nightly
-def test_answers_through_a_router(model, route):
-    """Whole ones, streams and errors; and the other server's, when one has ended."""
-    with serving(model) as second:
-        with serving(model) as first:
-            url = route(first.url, second.url)
-            for path, body in ((CHAT, QUESTION), (TEXT, {"prompt": "Hello.", "max_tokens": 8})):
-                expected = first.post(path, body).json()["choices"]
-                found = httpx.post(url + path, json=body, timeout=60).json()
-                assert found["choices"] == expected
-            expected = first.post(CHAT, QUESTION).json()["choices"][0]["message"]["content"]
-            with httpx.stream("POST", url + CHAT, json=QUESTION | {"stream": True}) as response:
-                chunks = [event["choices"][0] for event in parse(response)]
-            assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == expected
-            assert chunks[-1]["finish_reason"] == "length"
-            refused = httpx.post(url + CHAT, json=QUESTION | {"include_reasoning": False})
-            assert refused.status_code == 400
-            assert "include_reasoning" in refused.json()["error"]["message"]
-        wait_until(lambda: httpx.post(url + CHAT, json=QUESTION).status_code == 200, 60)
