@@ -2,100 +2,38 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from byte_tokens import END
 from failures import failing
+from recordings import recording
 
 from treeflash.commands import distill as command
 from treeflash.config import SamplingConfig
-from treeflash.decoding.interfaces import Pass, Prefill
-from treeflash.decoding.sampling import SampledTokens
+from treeflash.decoding.interfaces import Prefill
 from treeflash.errors import ConfigError, PromptError
-from treeflash.language_model import LanguageModel
 from treeflash.text.output_file import OutputFile
 from treeflash.text.prompt import Row
 from treeflash.training.distillation import DistillConfig, mix
 
 
-class EchoState:
-    """The state of a sequence is its tokens."""
-
-    nbytes, needs_snapshots = 0, False
-
-    def __init__(self, capacity):
-        self.capacity, self.tokens, self.script = capacity, [], []
-
-    @property
-    def length(self):
-        return len(self.tokens)
-
-    def restorable(self, length):
-        return min(length, self.length)
-
-    def close(self):
-        pass
-
-
-class EchoBackend:
-    """Repeats the prompt's last tokens and ends.
-
-    `asked` has the prompt, the sampling and the maximum length of each response;
-    `interrupt_at` counts the responses before an interrupt.
-    """
-
-    device, max_positions, vocab_size = "cpu", 400, 259
-    inexact = "rounding may differ"
-    drafter_config = drafter = head = None
-
-    def __init__(self, name, dtype, interrupt_at):
-        self.name, self.dtype, self.interrupt_at = name, dtype, interrupt_at
-        self.verifier, self.asked = self, []
-
-    def open(self, capacity, *, drafts):
-        assert not drafts
-        return EchoState(capacity)
-
-    def state_nbytes(self, capacity, *, drafts):
-        return 0
-
-    def run(self, work):
-        return Pass([self.sampled(item) for item in work])
-
-    def sampled(self, item):
-        state, prompt = item.state, item.state.tokens
-        if isinstance(item, Prefill):
-            prompt += item.token_ids
-            if item.params is None:
-                return None
-            if len(self.asked) == self.interrupt_at:
-                raise KeyboardInterrupt
-            state.script = [*prompt[-2:], END]
-            self.asked.append(
-                SimpleNamespace(
-                    prompt_ids=list(prompt),
-                    sampling=item.params.sampling,
-                    max_tokens=state.capacity - len(prompt) - 1,
-                )
-            )
-        return SampledTokens(np.array([state.script.pop(0)], np.int32))
-
-    def commit(self, verified, paths):
-        for state, path in paths:
-            state.tokens += [0] * len(path)
+@pytest.fixture
+def answer(byte_tokenizer):
+    """The tokens of every answer: each takes two passes after the prompt's."""
+    return [*byte_tokenizer.encode("ok"), END]
 
 
 @pytest.fixture
-def echo(byte_tokenizer):
-    """Make a model that repeats the end of each prompt."""
+def echo(scripted):
+    """Make a model that gives every prompt this answer; it may be interrupted in one of them."""
 
-    def echo(interrupt_at=None, target="target", backend="echo", dtype="float32"):
-        return LanguageModel(
-            EchoBackend(backend, dtype, interrupt_at), byte_tokenizer, Path(target)
-        )
+    def echo(interrupt_at=None, target="target", backend="echo", dtype="float32", text="ok"):
+        passes = None if interrupt_at is None else 2 * interrupt_at + 1
+        model = scripted(text, drafter=False, interrupt_at=passes)
+        model.backend.name, model.backend.dtype = backend, dtype
+        return replace(model, folder=Path(target))
 
     return echo
 
@@ -139,7 +77,9 @@ def user(text):
     return {"role": "user", "content": text}
 
 
-def test_every_prompt_is_answered_and_counted(distill, prompts, output, echo, byte_tokenizer):
+def test_every_prompt_is_answered_and_counted(
+    distill, prompts, output, echo, answer, byte_tokenizer
+):
     code, error = distill(echo(), *prompts(["ab"], ["cd"]))
     assert code == 0
     assert "2 of 2 prompts answered, 6 tokens" in error
@@ -158,7 +98,7 @@ def test_every_prompt_is_answered_and_counted(distill, prompts, output, echo, by
         "temperature": 0.0,
         "seed": 0,
         "prompt_ids": prompt,
-        "response_ids": [*prompt[-2:], END],
+        "response_ids": answer,
     }
 
 
@@ -172,10 +112,17 @@ def test_later_turns_follow_the_responses_before_them(
     assert second["prompt_ids"] == byte_tokenizer.chat([user("a"), answer, user("b")])
 
 
+def samplings(works):
+    """The sampling of each text, in the order in which their prompts ran."""
+    items = [item for (item,) in works if isinstance(item, Prefill)]
+    return [item.params.sampling for item in items if item.params is not None]
+
+
 def test_temperatures_alternate_and_every_row_has_its_own_seed(distill, prompts, echo):
     model, options = echo(), ["--temperature", "0", "0.8", "--top-p", "0.7", "--seed", "5"]
-    distill(model, *prompts(["a"], ["b"], ["c"]), *options)
-    assert [request.sampling for request in model.backend.asked] == [
+    with recording(model.backend, "run_one") as works:
+        distill(model, *prompts(["a"], ["b"], ["c"]), *options)
+    assert samplings(works) == [
         SamplingConfig(temperature=temperature, top_p=0.7, seed=seed)
         for temperature, seed in ((0.0, 5), (0.8, 6), (0.0, 7))
     ]
@@ -199,7 +146,7 @@ def test_an_interrupted_run_resumes(distill, prompts, output, echo):
             file.write('{"id": "r0", "tu')  # torn in the middle of a line
         model = echo()
         assert distill(model, *asked)[0] == 0
-        assert len(model.backend.asked) == 5 - stop
+        assert len(model.backend.prompts) == 5 - stop
         assert answers() == whole
 
 
@@ -228,11 +175,11 @@ def test_it_is_an_error_if_all_prompts_are_too_long(limit, message, distill, pro
     assert f"error: {message}" in error
 
 
-def test_responses_fit_the_target(distill, prompts, echo):
-    model = echo()
+def test_responses_fit_the_target(distill, prompts, output, echo):
+    model = echo(text="a" * 999)
     distill(model, *prompts(["a"]), "--max-tokens", "999")
-    (request,) = model.backend.asked
-    assert len(request.prompt_ids) + request.max_tokens == model.backend.max_positions
+    (line,) = lines(output)
+    assert len(line["prompt_ids"] + line["response_ids"]) == model.backend.max_positions
 
 
 FILES = {"out": (), "out.prompts": ("--self-prompt", "2")}
@@ -266,7 +213,7 @@ def test_a_file_that_another_process_writes_is_refused(name, distill, prompts, e
         code, error = distill(model, *(FILES[name] or prompts(["a"])))
     assert code == 2
     assert "is being written by another process" in error
-    assert model.backend.asked == []
+    assert model.backend.prompts == []
     assert path.read_bytes() == b""
 
 
@@ -299,7 +246,7 @@ def test_other_settings_do_not_go_into_the_same_file(
     assert code == 2
     assert f"has lines generated with {name} " in error
     assert "--output" in error
-    assert model.backend.asked == []
+    assert model.backend.prompts == []
     assert path.read_bytes() == before
 
 
@@ -309,7 +256,7 @@ def test_other_settings_are_refused_before_prompts_are_generated(distill, echo):
     code, error = distill(model, "--self-prompt", "3", "--max-tokens", "9")
     assert code == 2
     assert "has lines generated with max_tokens 512, not 9" in error
-    assert model.backend.asked == []
+    assert model.backend.prompts == []
 
 
 def test_a_changed_prompt_does_not_count_as_answered(distill, prompts, echo):
@@ -334,16 +281,16 @@ def test_the_target_generates_the_prompts_it_answers(distill, echo, tmp_path, by
     with path.open("a") as file:
         file.write('{"id": "self')  # torn in the middle of a line
     model = echo()
-    code, error = distill(model, "--self-prompt", "4")
+    with recording(model.backend, "run_one") as works:
+        code, error = distill(model, "--self-prompt", "4")
     assert code == 0
     assert "4 of 4 prompts answered" in error
     assert {(line["id"], line["seed"]) for line in lines(path)} == {
         (f"self-{n}", n) for n in range(4)
     }
-    generated = model.backend.asked[:3]
     header = byte_tokenizer.encode("<|start|>user: ")
-    assert all(request.prompt_ids == header for request in generated)
-    assert len({request.sampling.seed for request in generated}) == 3
+    assert model.backend.prompts[:3] == [header] * 3
+    assert len({sampling.seed for sampling in samplings(works)[:3]}) == 3
     model = echo(interrupt_at=0)
     assert distill(model, "--self-prompt", "2")[0] == 0, "fewer prompts need no more"
 
