@@ -129,14 +129,14 @@ def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | No
     for module in modules:
         pack_linears(module, packing)
         pack_linears(module)  # layers that cannot be rounded
+    if on_cpu and find_spec("llvmlite") is not None:
+        from treeflash_cuda.cpu.drafter_calls import BlockCalls, compile_norms
+
         if isinstance(target, CpuTarget) and target.kernels is not None:
-            from treeflash_cuda.cpu.drafter_calls import compile_norms  # needs llvmlite
-
-            compile_norms(module, target.kernels, target.dtype)
-    if isinstance(model, DrafterModel) and on_cpu and find_spec("llvmlite") is not None:
-        from treeflash_cuda.cpu.drafter_calls import BlockCalls  # needs llvmlite
-
-        model.calls = BlockCalls.of(model, target.dtype)
+            for module in modules:
+                compile_norms(module, target.kernels, target.dtype)
+        if isinstance(model, DrafterModel):
+            model.calls = BlockCalls.of(model, target.dtype)
     for part in model.modules():
         if isinstance(part, OnDevice):
             part.operations = model.operations
