@@ -15,7 +15,7 @@ from torch import Tensor
 
 from treeflash.config import SINK
 from treeflash.decoding import output_stage
-from treeflash.decoding.backend_base import note_drafted
+from treeflash.decoding.backend_base import note_drafted, project_contexts
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
@@ -28,7 +28,7 @@ from treeflash_cuda.gpu.graphs import Graphs, Outputs, power_of_four, power_of_t
 from treeflash_cuda.linear import token_products
 from treeflash_cuda.numerics import concatenate, pack, topk, unpack, upload, upload_all
 from treeflash_cuda.operations import PYTORCH, Operations
-from treeflash_cuda.state import State, project_contexts
+from treeflash_cuda.state import State
 from treeflash_cuda.target import Target
 from treeflash_cuda.visible_keys import SharedWork, VisibleKeys, equal_work, page_tables
 
@@ -274,7 +274,7 @@ class Drafter:
     @torch.inference_mode()
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
         """Draft for all sequences of a slab in one pass: their rows follow one another."""
-        project_contexts([state for state, _ in roots], self.model.project)
+        project_contexts([state for state, _ in roots], self.model.project, torch.cat)
         passes: dict[Slab | None, list[int]] = {}
         for i, (state, _) in enumerate(roots):
             slab = state.drafter.allocate() if self._has_slab_pass else None

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from treeflash.decoding import mtp_head
-from treeflash.decoding.backend_base import note_drafted
+from treeflash.decoding.backend_base import note_drafted, project_contexts
 from treeflash.decoding.interfaces import StateArrays, TableOptions
 from treeflash.decoding.mtp_head import (
     MtpBlock,
@@ -50,7 +50,6 @@ from treeflash_cuda.gpu.graphs import (
 )
 from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.operations import Operations
-from treeflash_cuda.state import project_contexts
 from treeflash_cuda.target import Target
 from treeflash_cuda.visible_keys import RowPlan, SharedWork, VisibleKeys, equal_work, page_tables
 
@@ -297,7 +296,7 @@ class MtpDrafter(mtp_head.MtpDrafter):
     @torch.inference_mode()
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[MtpBlock]:
         """Compute the rows of all sequences of a slab together."""
-        project_contexts([state for state, _ in roots], self.model.project)
+        project_contexts([state for state, _ in roots], self.model.project, torch.cat)
         outputs: list[Any] = [None] * len(roots)
         for slab, members in by_slab(roots).items():
             found = self._draft([roots[i] for i in members], slab)
@@ -395,7 +394,7 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
     @torch.inference_mode()
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
         """Run the rows of all sequences of a slab together; earlier parts of prompts before."""
-        project_contexts([state for state, _ in roots], self.rows.project)
+        project_contexts([state for state, _ in roots], self.rows.project, torch.cat)
         blocks: dict[int, Block] = {}
         size = self.rows.config.depths
         for slab, members in by_slab(roots).items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treeflash.decoding import backend_base
 from treeflash.decoding.backend_base import BaseState, Unprojected, distinct, rows_of, with_rows
 from treeflash.decoding.interfaces import StateArrays
 from treeflash_cuda.cache import Arena, KVCache, from_host, to_host
@@ -146,12 +145,3 @@ def has_many_unprojected(state: State) -> bool:
     """Return whether so many of the latest positions wait that they are better projected now."""
     context = state.context
     return len(context) >= MAX_UNPROJECTED and isinstance(context[-MAX_UNPROJECTED], Unprojected)
-
-
-def project_contexts(states: Iterable[State], project: Callable[[Tensor], Tensor]) -> None:
-    """Project what the contexts of sequences have unprojected, in one product."""
-
-    def project_all(parts: list[Tensor]) -> Sequence[Tensor]:
-        return project(torch.cat(parts)).split([len(rows) for rows in parts])
-
-    backend_base.project_contexts(states, project_all)

@@ -18,6 +18,7 @@ from treeflash.decoding.backend_base import (
     PassRows,
     Unprojected,
     by_outputs,
+    project_contexts,
     undone_on_failure,
 )
 from treeflash.decoding.interfaces import Pass, Prefill, Verify
@@ -31,7 +32,7 @@ from treeflash_cuda.mtp_head import MtpModel
 from treeflash_cuda.numerics import upload_all
 from treeflash_cuda.recurrent_states import CommittedStates, SequenceWrites
 from treeflash_cuda.sampling import sample
-from treeflash_cuda.state import ContextPart, State, has_many_unprojected, project_contexts
+from treeflash_cuda.state import ContextPart, State, has_many_unprojected
 from treeflash_cuda.target import Rows, RowsResult, Target
 
 FIRST_CHUNK, NEXT_CHUNK = 2048, 1024
@@ -125,7 +126,7 @@ class Verifier:
         """Commit paths. Steps that may fail come first: a failed call must change no sequence."""
         if waiting := [x.state for x in paths if has_many_unprojected(x.state)]:
             assert self.drafter is not None
-            project_contexts(waiting, self.drafter.project)
+            project_contexts(waiting, self.drafter.project, torch.cat)
         moves: dict[Slab, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
         for path in paths:
             cache, nodes = path.state.kv_cache, path.nodes

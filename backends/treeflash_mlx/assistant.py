@@ -18,7 +18,7 @@ from mlx import nn
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.gemma4_text import DecoderLayer, ModelArgs
 
-from treeflash.decoding.backend_base import note_drafted
+from treeflash.decoding.backend_base import note_drafted, project_contexts
 from treeflash.decoding.mtp_head import (
     CacheColumns,
     DraftedColumns,
@@ -34,7 +34,6 @@ from treeflash_mlx.cache import KVCache
 from treeflash_mlx.drafter import OutputStage
 from treeflash_mlx.drafter_model import OwnVocabulary, VocabularyOwner
 from treeflash_mlx.mtp_head import MtpDrafter
-from treeflash_mlx.state import project_contexts
 from treeflash_mlx.target import Target
 
 
@@ -168,7 +167,7 @@ class AssistantDrafter(MtpDrafter):
 
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[MtpBlock]:
         """Run the roots of all sequences together."""
-        project_contexts([state for state, _ in roots], self.model.project)
+        project_contexts([state for state, _ in roots], self.model.project, mx.concatenate)
         states = []
         for state, _ in roots:
             state.drafter.write_states(unread_states(state))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from treeflash.config import SINK
 from treeflash.decoding import output_stage
-from treeflash.decoding.backend_base import note_drafted
+from treeflash.decoding.backend_base import note_drafted, project_contexts
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.output_stage import Block
 from treeflash.decoding.sampling import Noise
@@ -23,7 +23,6 @@ from treeflash.drafters.layers import visible_positions
 from treeflash_mlx.cache import BatchStorage, share_storage, storages_of
 from treeflash_mlx.drafter_model import OPERATIONS, DrafterModel, read
 from treeflash_mlx.numerics import gumbel, log_softmax, top_log_probs
-from treeflash_mlx.state import project_contexts
 from treeflash_mlx.target import Target, shortlist_logits
 
 
@@ -85,7 +84,7 @@ class Drafter:
         x = self.output.embed(mx.array([token for _, root in roots for token in (root, *masks)]))
         if config.input_scale != 1:
             x = x * config.input_scale
-        project_contexts([state for state, _ in roots], self.model.project)
+        project_contexts([state for state, _ in roots], self.model.project, mx.concatenate)
         sequences, contexts = [], []
         for state, _ in roots:
             start = state.length

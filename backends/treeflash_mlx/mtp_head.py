@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treeflash.decoding import mtp_head
-from treeflash.decoding.backend_base import note_drafted
+from treeflash.decoding.backend_base import note_drafted, project_contexts
 from treeflash.decoding.interfaces import StateArrays
 from treeflash.decoding.mtp_head import (
     MtpBlock,
@@ -33,7 +33,6 @@ from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash_mlx.cache import KVCache, share_storage, to_host
 from treeflash_mlx.drafter import Drafter, OutputStage
 from treeflash_mlx.drafter_model import OPERATIONS, OwnVocabulary, VocabularyOwner
-from treeflash_mlx.state import project_contexts
 from treeflash_mlx.target import Target
 
 CHUNK = 2048
@@ -129,7 +128,7 @@ class MtpDrafter(mtp_head.MtpDrafter):
 
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[MtpBlock]:
         """Compute the rows of all sequences together; earlier parts of prompts chunk by chunk."""
-        project_contexts([state for state, _ in roots], self.model.project)
+        project_contexts([state for state, _ in roots], self.model.project, mx.concatenate)
 
         def compute(rows: NewRows) -> None:
             self._write([rows])
@@ -171,7 +170,7 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
         """Run the rows of all sequences together; earlier parts of prompts chunk by chunk."""
         size = self.rows.config.depths
-        project_contexts([state for state, _ in roots], self.rows.project)
+        project_contexts([state for state, _ in roots], self.rows.project, mx.concatenate)
 
         def compute(rows: NewRows) -> None:
             self._run([rows])

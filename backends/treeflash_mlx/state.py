@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -10,7 +10,6 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.decoding import backend_base
 from treeflash.decoding.backend_base import BaseState, Unprojected, rows_of, with_rows
 from treeflash.decoding.interfaces import StateArrays
 from treeflash_mlx.cache import KVCache, PassWrites, by_numbers, to_host
@@ -113,13 +112,3 @@ class State(BaseState[KVCache, RecurrentStates]):
 
     def read_recurrent_states(self) -> list[NDArray[np.float32]]:
         return self.kv_cache.read_states()
-
-
-def project_contexts(states: Sequence[State], project: Callable[[mx.array], mx.array]) -> None:
-    """Project what the contexts of sequences have unprojected, in one product."""
-
-    def project_all(parts: list[mx.array]) -> Iterable[mx.array]:
-        ends = np.cumsum([len(rows) for rows in parts])[:-1].tolist()
-        return mx.split(project(mx.concatenate(parts)), ends)
-
-    backend_base.project_contexts(states, project_all)

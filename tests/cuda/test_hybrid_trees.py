@@ -34,8 +34,9 @@ from treeflash_cuda.hf.hybrid import MATRIX, HybridCache, RecurrentCache
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrence import TreeNodes, delta_rule
 from treeflash_cuda.recurrent_states import SequenceRows, Writes
-from treeflash_cuda.state import project_contexts
 from treeflash_cuda.target_loading import load_target
+
+from treeflash.decoding.backend_base import project_contexts
 
 pytestmark = pytest.mark.sample(1)
 
@@ -77,7 +78,7 @@ def test_trees_are_those_of_one_sequence_after_another(folders, monkeypatch, seq
             backend.verifier.commit(verified, list(zip(states, paths, strict=True))[-2:])
             results += [x for state in states for x in state.read_recurrent_states()]
             with torch.inference_mode():
-                project_contexts(states, backend.drafter_model.project)
+                project_contexts(states, backend.drafter_model.project, torch.cat)
             results += [torch.cat(state.context).numpy() for state in states]
         results += [state.read_kv_cache() for state in states]
         found.append(results)

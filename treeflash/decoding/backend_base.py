@@ -399,12 +399,11 @@ S = TypeVar("S", bound=BaseState[Any, Any])
 
 
 def project_contexts(
-    states: Iterable[BaseState[Any, Any]], project: Callable[[list[Any]], Iterable[Any]]
+    states: Iterable[BaseState[Any, Any]],
+    project: Callable[[Any], Any],  # (n, layers * hidden_size) outputs to (n, hidden_size) features
+    concatenate: Callable[[list[Any]], Any],  # joins arrays along the first axis
 ) -> None:
-    """Project what the contexts of sequences have unprojected, in one call.
-
-    `project` computes the features of each of the arrays that it gets.
-    """
+    """Project what the contexts of sequences have unprojected, in one product."""
     places = [
         (state.context, i)
         for state in states
@@ -412,9 +411,11 @@ def project_contexts(
         if isinstance(part, Unprojected)
     ]
     if places:
-        features = project([context[i].rows for context, i in places])
-        for (context, i), part in zip(places, features, strict=True):
-            context[i] = part
+        features = project(concatenate([context[i].rows for context, i in places]))
+        end = 0
+        for context, i in places:
+            first, end = end, end + len(context[i])
+            context[i] = features[first:end]
 
 
 @contextmanager
