@@ -31,7 +31,7 @@ from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.decoder import operations as decoder_operations
 from treeflash_cuda.decoder.facts import decoder_facts
 from treeflash_cuda.decoder.weights import Checkpoint, Joined
-from treeflash_cuda.gpu import decoder_operations as operations_of_a_gpu
+from treeflash_cuda.gpu import decoder_target as gpu_target
 from treeflash_cuda.gpu import row_pass
 from treeflash_cuda.gpu.decoder_target import GpuTarget
 from treeflash_cuda.gpu.kernels import causal_attention
@@ -269,7 +269,7 @@ def test_operations_of_a_gpu_give_the_logits_of_transformers(tmp_path, monkeypat
     assert backend.device_report().facts["layers of the target"] == "treeflash"
     if prompts == "kernel" and backend.target.softcap is None:
         stand_in(monkeypatch, row_pass, MAX_CHUNK=2)
-        stand_in(monkeypatch, operations_of_a_gpu, MAX_ROWS=2)
+        stand_in(monkeypatch, gpu_target, MAX_ROWS=2)
         backend.target.prompt_attention = causal_attention
     found = differences(backend, model)
     assert max(found.values()) <= TOLERANCE, found

@@ -1,12 +1,19 @@
-"""The passes of a target on a GPU whose layers are our own; see `decoder.model`."""
+"""A target on a GPU whose layers are our own: their operations, their attention, and its passes.
+
+`decoder.model` has the layers. `TreeAttention` is for rows of any sequences, in a pass that a CUDA
+graph can replay; `PromptAttention` is for long parts of prompts, by a kernel that is faster for
+them. Both are over the columns of a slab.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from treeflash.config import LoadConfig
@@ -16,24 +23,138 @@ from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.cache import SeenColumns, Slab
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.model import Decoder
+from treeflash_cuda.decoder.operations import DecoderOperations, GroupedLinear, Rotation
 from treeflash_cuda.decoder.recurrences import SequenceRecurrences
 from treeflash_cuda.decoder.target import DecoderTarget, read_decoder
 from treeflash_cuda.decoder.weights import Checkpoint
 from treeflash_cuda.exact import check_products, use_kernel_for_products
-from treeflash_cuda.gpu.decoder_attention import PromptAttention, SlabAttention, TreeAttention
-from treeflash_cuda.gpu.decoder_operations import decoder_operations
 from treeflash_cuda.gpu.graphs import MAX_ROWS
 from treeflash_cuda.gpu.kernels import CausalAttention
 from treeflash_cuda.gpu.row_pass import RowInputs, RowPass, path_room, plan_rows, rows_of, slab_of
 from treeflash_cuda.gpu.state_arena import StateArena
 from treeflash_cuda.gpu.tree_recurrences import TreeRecurrences
-from treeflash_cuda.numerics import upload_all
-from treeflash_cuda.operations import Operations, Shapes
+from treeflash_cuda.numerics import concatenate, upload_all
+from treeflash_cuda.operations import Activation, Operations, Shapes
 from treeflash_cuda.recurrent_states import SequenceRows
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Rows, RowsResult
 from treeflash_cuda.visible_keys import PAGE, VisibleKeys
+
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""The names of activations of gates in `Operations`, by transformers' names."""
+GROUPED_MM = 8, 0
+"""The least compute capability for which PyTorch has a grouped product."""
+
+
+def decoder_operations(operations: Operations, device: torch.device) -> DecoderOperations:
+    """Return the operations of a decoder's layers, made of a GPU's operations."""
+    is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < GROUPED_MM
+
+    def gated(gate_and_up: Tensor, activation: str) -> Tensor:
+        return operations.gated(*gate_and_up.chunk(2, -1), ACTIVATIONS[activation])
+
+    def grouped_linear(rows: int) -> GroupedLinear:
+        # Long parts of prompts have no graph, and many rows for each expert.
+        return operations.grouped_linear if rows <= MAX_ROWS or is_old else grouped_mm
+
+    return DecoderOperations(
+        rms_norm=operations.rms_norm,
+        rotation=rotation,
+        gated=gated,
+        grouped_linear=grouped_linear,
+    )
+
+
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Compute `operations.grouped_linear` with PyTorch's product, which may read `ends`."""
+    return F.grouped_mm(x, weight.mT, offs=ends)
+
+
+def rotation(
+    positions: Tensor, frequencies: Tensor, scale: Tensor | float, dtype: torch.dtype
+) -> Rotation:
+    """Compute (n, head_dim) cosines and sines, as `Operations.rotate_and_store` takes them."""
+    angles = positions[:, None] * frequencies
+    if not isinstance(scale, Tensor) and scale == 1:
+        angles = torch.cat([angles, angles], -1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+    parts = angles.cos() * scale, angles.sin() * scale
+    cos, sin = (torch.cat([x, x], -1).to(dtype) for x in parts)
+    return cos, sin
+
+
+@dataclass(eq=False)
+class SlabAttention:
+    """The half of `Attention` that comes before attending: one operation for a layer's heads."""
+
+    facts: DecoderFacts
+    operations: Operations
+    unrotated: Rotation  # (1, head_dim) cosines and sines of layers that do not rotate
+    slab: Slab  # the slab of all sequences
+    slots: Tensor  # (n,) column of each row's own key
+
+    def turn(
+        self,
+        layer: int,
+        heads: Tensor,
+        rotation: Rotation | None,
+        norms: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        facts, operations = self.facts, self.operations
+        q, k, v = heads.split([facts.heads, facts.kv_heads, facts.kv_heads], 1)
+        of_heads = None
+        if norms is not None and facts.norms_heads == "all":
+            weights = norms.tensor_split([facts.heads])
+            q, k = (
+                operations.rms_norm(x.flatten(1), weight.flatten(), eps)[0].view(x.shape)
+                for x, weight in zip((q, k), weights, strict=True)
+            )
+        elif norms is not None:
+            of_heads = norms[0], norms[-1]
+        angles = rotation or [x.expand(len(heads), -1) for x in self.unrotated]
+        rotated: Tensor = self.operations.rotate_and_store(
+            *(q, k, v, *angles, *self.slab.layer(layer), self.slots), norms=of_heads, eps=eps
+        )
+        return rotated
+
+
+@dataclass(eq=False)
+class TreeAttention(SlabAttention):
+    """`Attention` of nodes of draft trees, and of next tokens."""
+
+    keys: VisibleKeys  # the keys that rows see in layers without a window
+    _within: dict[int, VisibleKeys] = field(default_factory=dict)  # in layers with one
+
+    def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
+        keys = self.keys
+        if window is not None:
+            if window not in self._within:
+                self._within[window] = keys.within(window)
+            keys = self._within[window]
+        output: Tensor = self.operations.tree_attention(
+            *(queries, *self.slab.layer(layer), keys),
+            scale=self.facts.score_scale,
+            softcap=self.facts.factors.score_cap,
+        )
+        return output.flatten(1)
+
+
+@dataclass(eq=False)
+class PromptAttention(SlabAttention):
+    """`Attention` of the last tokens of some sequences, which attend one after the other."""
+
+    sizes: Sequence[int]  # rows of each sequence
+    seen: Sequence[SeenColumns]  # the columns of each sequence, up to its last row's
+    kernel: CausalAttention
+
+    def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
+        scale, outputs = self.facts.score_scale, []
+        for q, columns in zip(queries.split(self.sizes), self.seen, strict=True):
+            keys, values = (x[0].transpose(0, 1) for x in columns.layer(layer))
+            outputs.append(self.kernel(q, keys, values, window, scale))
+        return concatenate(outputs).flatten(1)
 
 
 def decoder_shapes(facts: DecoderFacts, *, quantised: bool) -> Shapes:
