@@ -7,10 +7,7 @@ cached tokens that it reports. The text of the recorded assistant is not the tin
 
 from __future__ import annotations
 
-import io
-import json
 import random
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -18,13 +15,11 @@ import numpy as np
 import pytest
 from byte_tokens import SPECIAL
 from recordings import recording
-from rich.console import Console
 from scripted_model import reference_model
 from servers import serving
 from tool_models import tool_tokenizer
 
-from treeflash.commands.chat import ChatSession
-from treeflash.config import GIB, LoadConfig
+from treeflash.config import LoadConfig
 from treeflash.decoding import SchedulerConfig
 from treeflash.decoding.disk_cache import BLOCK
 from treeflash.testing import require
@@ -44,7 +39,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}<|end|>{% endfor %}<|start|>assistant: "
     "{% if enable_thinking is defined and enable_thinking %}<think>{% endif %}"
 )
-APIS = ("messages", "responses")
 FAMILIES = ("llama", "qwen3_5")  # the second has recurrent layers
 TOOLS = ("read_file", "edit_file", "run_command")
 
@@ -65,12 +59,6 @@ def agent_pair(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def agent_model(agent_pair):
     return reference_model(*agent_pair)
-
-
-@pytest.fixture
-def api(agent_model):
-    """The sessions of a model; sessions of full size have each API with each model."""
-    return APIS[agent_model.backend.open(1, drafts=False).needs_snapshots]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +91,9 @@ def text(rng: random.Random, length: int) -> str:
     return "".join(rng.choices("abcdefghij \n", k=length))
 
 
+SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}}
+
+
 class Session:
     """A conversation as a client keeps it: messages of the user, answers with calls, and results.
 
@@ -115,69 +106,42 @@ class Session:
         self.messages: list[dict] = []
         self.turn = 0
         self.cached: int | None = None  # prompt tokens of the last turn that were cached
-        self.ask()
+        self.say()
 
-    def ask(self) -> None:
-        self.messages.append({"role": "user", "text": text(self.rng, 120)})
+    def say(self) -> None:
+        content = [{"type": "text", "text": text(self.rng, 120)}]
+        self.messages.append({"role": "user", "content": content})
+
+    @property
+    def said(self) -> bool:
+        """Whether the last message is the user's own."""
+        return self.messages[-1]["content"][0]["type"] == "text"
 
     def go_on(self) -> None:
         """Add the answer of a turn, and what follows it."""
         self.turn += 1
-        answer = {"role": "assistant", "reasoning": text(self.rng, 60), "text": text(self.rng, 30)}
-        self.messages.append(answer)
+        thought = {"type": "thinking", "thinking": text(self.rng, 60), "signature": ""}
+        content = [thought, {"type": "text", "text": text(self.rng, 30)}]
+        self.messages.append({"role": "assistant", "content": content})
         if self.turn % 3 == 0:
-            self.ask()
+            self.say()
             return
-        call = {"id": f"call_{self.turn}", "name": TOOLS[self.turn % 3], "path": f"{self.turn}.py"}
-        answer["call"] = call
-        result = text(self.rng, self.size.result)
-        self.messages.append({"role": "tool", "id": call["id"], "text": result})
+        call = {"type": "tool_use", "id": f"call_{self.turn}", "name": TOOLS[self.turn % 3]}
+        content.append(call | {"input": {"path": f"{self.turn}.py"}})
+        result = {"type": "tool_result", "tool_use_id": call["id"]}
+        result["content"] = text(self.rng, self.size.result)
+        self.messages.append({"role": "user", "content": [result]})
 
     def compact(self) -> None:
         """Replace the conversation by a summary of it."""
         self.messages = []
-        self.ask()
+        self.say()
 
-    def body(self, api: str) -> tuple[str, dict]:
+    def body(self) -> dict:
         """The request of the next turn."""
-        if api == "messages":
-            tools = [{"name": name, "input_schema": SCHEMA} for name in TOOLS]
-            body = {"system": self.system, "messages": list(map(anthropic_message, self.messages))}
-            return "/v1/messages", {**body, "tools": tools, "max_tokens": 4}
-        tools = [{"type": "function", "name": name, "parameters": SCHEMA} for name in TOOLS]
-        items = [item for message in self.messages for item in response_items(message)]
-        body = {"instructions": self.system, "input": items, "tools": tools}
-        return "/v1/responses", {**body, "max_output_tokens": 4}
-
-
-def anthropic_message(m: dict) -> dict:
-    if m["role"] == "tool":
-        result = {"type": "tool_result", "tool_use_id": m["id"], "content": m["text"]}
-        return {"role": "user", "content": [result]}
-    content = [{"type": "text", "text": m["text"]}]
-    if m["role"] == "assistant":
-        content.insert(0, {"type": "thinking", "thinking": m["reasoning"], "signature": ""})
-    if "call" in m:
-        call = {**m["call"], "input": {"path": m["call"]["path"]}}
-        content.append({"type": "tool_use", **{x: call[x] for x in ("id", "name", "input")}})
-    return {"role": m["role"], "content": content}
-
-
-def response_items(m: dict) -> Iterator[dict]:
-    if m["role"] == "tool":
-        yield {"type": "function_call_output", "call_id": m["id"], "output": m["text"]}
-        return
-    if m["role"] == "assistant":
-        content = [{"type": "reasoning_text", "text": m["reasoning"]}]
-        yield {"type": "reasoning", "summary": [], "content": content}
-    yield {"type": "message", "role": m["role"], "content": m["text"]}
-    if "call" in m:
-        arguments = json.dumps({"path": m["call"]["path"]})
-        called = {"call_id": m["call"]["id"], "name": m["call"]["name"], "arguments": arguments}
-        yield {"type": "function_call", **called}
-
-
-SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}}
+        tools = [{"name": name, "input_schema": SCHEMA} for name in TOOLS]
+        body = {"system": self.system, "messages": self.messages}
+        return {**body, "tools": tools, "max_tokens": 4}
 
 
 def shared(one, other):
@@ -190,8 +154,7 @@ def shared(one, other):
 class Client:
     """Sends turns, and compares what was cached with what earlier prompts had."""
 
-    def __init__(self, api: str) -> None:
-        self.api = api
+    def __init__(self) -> None:
         self.prompts: list[tuple[int, ...]] = []
         self.server = None
 
@@ -208,26 +171,19 @@ class Client:
         At most `lost` tokens that an earlier prompt began with are run again; the last token of a
         prompt always is.
         """
-        path, body = session.body(self.api)
         with recording(self.server.engine, "submit") as submitted:
-            response = self.server.post(path, body)
+            response = self.server.post("/v1/messages", session.body())
         assert response.status_code == 200, response.text
         usage = response.json()["usage"]
         (((answer,),),) = submitted
         prompt = answer.prompt_ids
         self.prompts.append(prompt)
-        if self.api == "messages":
-            cached = usage["cache_read_input_tokens"]
-            disk = usage.get("disk_cache_read_input_tokens", 0)
-            assert usage["input_tokens"] + cached == len(prompt)
-        else:
-            cached = usage["input_tokens_details"]["cached_tokens"]
-            disk = usage["input_tokens_details"].get("disk_cached_tokens", 0)
-            assert usage["input_tokens"] == len(prompt)
+        cached = usage["cache_read_input_tokens"]
+        assert usage["input_tokens"] + cached == len(prompt)
         known = max((shared(prompt, other) for other in self.prompts[:-1]), default=0)
         assert known - lost <= cached < len(prompt), (known, len(prompt))
         session.cached = cached
-        return cached, disk
+        return cached, usage.get("disk_cache_read_input_tokens", 0)
 
 
 def replay(client, session, turns):
@@ -237,22 +193,21 @@ def replay(client, session, turns):
             session.go_on()
         cached, disk = client.send(session)
         # Where reasoning is dropped, what stands behind it has to be run again.
-        assert before is None or cached > before or session.messages[-1]["role"] == "user"
+        assert before is None or cached > before or session.said
         assert disk == 0
 
 
-def test_each_turn_runs_what_is_new(agent_model, api):
-    client = Client(api)
+def test_each_turn_runs_what_is_new(agent_model):
+    client = Client()
     with client.connected(agent_model):
         replay(client, Session("main"), SMALL.turns)
 
 
 @pytest.mark.nightly
 @pytest.mark.usefixtures("own_cache")
-@pytest.mark.parametrize("api", APIS)
-def test_a_session_of_full_size(fast_model, api, tmp_path):
+def test_a_session_of_full_size(fast_model, tmp_path):
     """Two sub-agents take turns with it, the server is started again, and it is compacted."""
-    client, main = Client(api), Session("main", FULL)
+    client, main = Client(), Session("main", FULL)
     helpers = [Session(name, FULL) for name in ("one", "two")]
     interval = SchedulerConfig().snapshot_interval
     settings = {"timeout": 3600, "max_memory_gb": 16, "prefix_cache_dir": str(tmp_path)}
@@ -279,7 +234,7 @@ def test_a_session_of_full_size(fast_model, api, tmp_path):
 
 
 def test_sub_agents_take_turns(agent_model):
-    client = Client("messages")
+    client = Client()
     sessions = [Session(name) for name in ("main", "one", "two")]
     with client.connected(agent_model):
         for session in sessions:
@@ -292,7 +247,7 @@ def test_sub_agents_take_turns(agent_model):
 
 
 def test_a_compacted_conversation_keeps_the_instructions(agent_model):
-    client, session = Client("messages"), Session("main")
+    client, session = Client(), Session("main")
     recurrent = agent_model.backend.open(1, drafts=False).needs_snapshots
     with client.connected(agent_model):
         replay(client, session, 4)
@@ -304,8 +259,8 @@ def test_a_compacted_conversation_keeps_the_instructions(agent_model):
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_a_session_goes_on_after_a_restart(agent_model, api, tmp_path):
-    client, session = Client(api), Session("main")
+def test_a_session_goes_on_after_a_restart(agent_model, tmp_path):
+    client, session = Client(), Session("main")
     settings = {"prefix_cache_dir": str(tmp_path)}
     recurrent = agent_model.backend.open(1, drafts=False).needs_snapshots
     with client.connected(agent_model, **settings):
@@ -321,18 +276,3 @@ def test_a_session_goes_on_after_a_restart(agent_model, api, tmp_path):
             assert f"{counted} {float(disk)}" in metrics
             session.go_on()
             assert client.send(session)[1] == 0
-
-
-@pytest.mark.usefixtures("own_cache")
-def test_a_conversation_in_the_terminal_goes_on(model, tmp_path):
-    answers = []
-    for restored in (False, True):
-        disk = model.disk_cache(tmp_path, GIB)
-        console = Console(file=io.StringIO())
-        talked = ChatSession(model, {"max_tokens": 8, "seed": 1}, console, disk=disk)
-        talked.reply("A long question. " * 20)
-        talked.close()
-        first = talked.answer.chunks[0].step
-        assert (first.disk_tokens >= 256) == restored
-        answers.append(talked.messages[-1]["content"])
-    assert answers[0] == answers[1]

@@ -106,8 +106,8 @@ def test_results_without_an_id_answer_the_calls_that_have_none_yet():
 
 
 MACHINE = {"num_ctx": 4096, "num_gpu": 99, "num_thread": 2, "use_mmap": True, "num_batch": 2}
-MACHINE |= {"main_gpu": 0, "numa": False, "num_keep": 5, "draft_num_predict": 4}
-MACHINE |= {"penalize_newline": True, "typical_p": 1.0}
+MACHINE |= {"main_gpu": 1, "numa": True, "num_keep": 5, "draft_num_predict": 4}
+MACHINE |= {"use_mlock": True, "low_vram": True, "penalize_newline": True, "typical_p": 1.0}
 
 
 def test_options_of_a_machine_change_nothing(client):

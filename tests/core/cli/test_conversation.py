@@ -422,6 +422,7 @@ def test_a_conversation_is_kept_on_a_disk(use, tiny_pair, tmp_path, stdin, monke
                 assert chat.main(arguments) == 0
     os.close(main)
     assert [session.answer.chunks[0].step.disk_tokens for session in sessions] == [0, 256]
+    assert contents(sessions[0]) == contents(sessions[1])
 
 
 def test_the_command_needs_a_terminal(capsys, stdin):
