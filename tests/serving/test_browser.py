@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,6 @@ TOKENS, QUESTION = 12, "?"
 
 CHROMIUM = "/usr/bin/chromium"
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
-SCREENSHOTS = os.environ.get("TREEFLASH_SCREENSHOTS")
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +68,6 @@ def open_page(browser):
 @pytest.fixture
 def page(server, open_page):
     return open_page(server.url)
-
-
-def shot(page, name):
-    if SCREENSHOTS:
-        page.screenshot(path=f"{SCREENSHOTS}/{name}.png", full_page=True)
 
 
 def ask(page, text, *tokens):
@@ -162,7 +155,6 @@ def test_a_choice_of_models(serve_models, loads, open_page):
     ask(page, "Name a river.")
     sync_api.expect(page.locator(".assistant")).to_have_count(1)
     assert loads.counts == {"two": 1}
-    shot(page, "models")
     page.reload()
     sync_api.expect(choice).to_have_value("two")
 
@@ -218,7 +210,6 @@ def test_markdown_and_copy(page):
     assert formatted.locator("li").nth(2).inner_text() == "3 * 4"
     assert formatted.locator("li").last.inner_text() == AS_WRITTEN.removeprefix("- ")
     assert not page.locator(".tokens").is_visible()
-    shot(page, "markdown")
     page.get_by_role("button", name="Copy").click()
     assert page.evaluate("navigator.clipboard.readText()") == MARKDOWN
 
@@ -335,7 +326,6 @@ def test_a_long_prompt_shows_its_progress(serve, open_page):
         sync_api.expect(note).to_contain_text("Reading the prompt: 64 of")
         gate.allow(1)
         sync_api.expect(note).to_contain_text("Reading the prompt: 128 of")
-        shot(page, "prompt")
     page.get_by_role("button", name="Send").wait_for(timeout=60_000)
     sync_api.expect(page.locator(".assistant .note")).to_have_text("")
 
@@ -439,7 +429,6 @@ def test_an_earlier_message_is_edited(images, open_page, width):
         assert page.locator("#images img, .replaced").count() == 0
     first.click()
     assert message.bounding_box()["width"] >= 144  # beside three buttons
-    shot(page, f"edit-{width}")
     refuse(page)
     ask(page, "What is it?")
     assert page.locator(".tokens").count() == 2  # and it can be sent again
@@ -520,7 +509,6 @@ def test_a_missing_key_is_asked_for_beside_the_error(serve, open_page, width, da
     sync_api.expect(key).to_be_in_viewport(ratio=1)
     assert page.locator(".assistant, .user").count() == 0
     assert page.get_by_label("Message").input_value() == "Name a river."  # to be sent again
-    shot(page, f"key-{width}-{'dark' if dark else 'light'}")
     key.fill("wrong")
     page.keyboard.press("Enter")
     sync_api.expect(page.locator("#model")).to_have_text("wrong API key")
@@ -566,7 +554,6 @@ def test_sizes_and_schemes(server, open_page, width, dark):
     assert overflow(page) == 0
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", colour)[:3])) < 200) == dark
-    shot(page, f"{width}-{'dark' if dark else 'light'}")
 
 
 def test_stop(page):
@@ -654,7 +641,6 @@ def test_images_are_chosen_dropped_and_pasted(images, open_page, width, dark):
     for image in (pasted, removed):
         page.evaluate(PASTE, [TRANSFER, list(image)])
     sync_api.expect(waiting).to_have_count(4)
-    shot(page, f"images-waiting-{width}-{'dark' if dark else 'light'}")
     page.get_by_role("button", name="Remove image 4").click()
     page.locator("#length").evaluate("x => { x.value = 32; }")
     ask(page, "What do they show?")
@@ -666,7 +652,6 @@ def test_images_are_chosen_dropped_and_pasted(images, open_page, width, dark):
     assert page.locator(".error").count() == 0
     assert page.locator(".user img").count() == 3
     assert overflow(page) == 0
-    shot(page, f"images-{width}-{'dark' if dark else 'light'}")
     page.reload()
     assert page.locator(".user img").count() == 3
     ask(page, "And now?")
@@ -719,8 +704,7 @@ def vision(tmp_path_factory):
     import transformers
     from treeflash_cuda.backend import load
 
-    from tests.helpers.image_models import random_model
-    from tests.helpers.image_processors import PROCESSORS
+    from tests.helpers.image_models import PROCESSORS, random_model
 
     transformers.logging.set_verbosity_error()
     folder = tmp_path_factory.mktemp("vision")
@@ -764,4 +748,3 @@ def test_an_image_on_the_page_gives_the_text_of_every_client(vision, open_page, 
     ask(page, QUESTION)
     assert page.locator(".assistant .tokens").text_content() == plain
     sync_api.expect(page.locator(".user img")).to_be_visible()
-    shot(page, f"tower-{way}")
