@@ -21,8 +21,7 @@ from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import DrafterModel, OnDevice, OwnVocabulary
 from treeflash_cuda.heads import HEAD_CLASSES, TABLE_HEADS, TableHead
-from treeflash_cuda.linear import NATIVE, pack_linears, quantising, rounding
-from treeflash_cuda.low_bit_linear import LowBitLinear
+from treeflash_cuda.linear import NATIVE, LowBitLinear, pack_linears, quantising, rounding
 from treeflash_cuda.mtp_head import MtpHead, MtpModel
 from treeflash_cuda.operations import PYTORCH, Operations, Shapes
 from treeflash_cuda.target import Target

@@ -59,12 +59,13 @@ from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.probe import INEXACT
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.linear import (
+    LowBitEmbedding,
+    LowBitLinear,
     PackedLinear,
     PlainLinear,
     is_subclass,
     uses_fbgemm,
 )
-from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.operations import TOLERANCES, on_its_device
 
 HAS_AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == "AVX2"

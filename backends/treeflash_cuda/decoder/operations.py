@@ -11,8 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treeflash_cuda.linear import PackedLinear, PlainLinear, can_pack, join
-from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
+from treeflash_cuda.linear import (
+    LowBitEmbedding,
+    LowBitLinear,
+    PackedLinear,
+    PlainLinear,
+    can_pack,
+    join,
+)
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]
 """The cosines and sines of n rows, in the form that the device's attention reads."""
