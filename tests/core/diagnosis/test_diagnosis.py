@@ -1,12 +1,13 @@
 """The doctor: scores and checks on made-up pairs, sound or with one fault, and its findings."""
 
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from byte_tokens import TEMPLATE
-from made_up_pairs import COMMON, DEPTHS, VOCAB, Head, MadeUp, token_at
+from fake_models import DEPTHS, FakeBackend
 
 from treeflash import diagnosis
 from treeflash.decoding.interfaces import DeviceReport
@@ -28,14 +29,85 @@ from treeflash.diagnosis import (
 )
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.loading import drafter_config
-from treeflash.errors import NumericalError, PromptError
+from treeflash.errors import CheckpointError, NumericalError, PromptError
 from treeflash.hub.published import DEEPSPEC_SYSTEM
 from treeflash.testing.models import edit_config, write_dialect, write_drafter, write_target
 from treeflash.text.prompt import Prompting
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
+VOCAB = 259  # of the byte tokenizer
+COMMON = 42
 PROMPTS = [[{"role": "user", "content": text}] for text in ("one", "two", "three")]
+
+
+def token_at(position):
+    """The target's token at a position, after any prefix."""
+    return 3 + position * 7 % 200
+
+
+def rows_at(start, depths=DEPTHS, share=0.7):
+    """A block's log probabilities: `share` more for the true token, beyond `depths` for COMMON."""
+    rows = np.full((DEPTHS, VOCAB), 0.3 / VOCAB)
+    for depth in range(1, DEPTHS + 1):
+        rows[depth - 1, token_at(start + depth) if depth <= depths else COMMON] += share
+    return np.log(rows).astype(np.float32)
+
+
+@dataclass
+class Head:
+    """A head that knows the true tokens of some depths, and records the previous tokens."""
+
+    depths: int = DEPTHS
+
+    def log_probs(self, block, previous):
+        self.previous = previous
+        return rows_at(len(block), self.depths)
+
+
+@dataclass
+class Training:
+    """What a drafter was trained on, and with; None is for anything."""
+
+    layers: tuple[int, ...] = (1, 2)
+    mask: int = 2
+    causal: bool | None = None
+    scale: float | None = None
+    prompts: tuple[list[int], ...] | None = None
+    late: int = 0  # depths that each row is late by
+    depths: int = DEPTHS
+
+    def fits(self, config, tokens):
+        prompts = [] if self.prompts is None else self.prompts
+        texts = ([*x, *map(token_at, range(len(x), len(tokens)))] for x in prompts)
+        return (
+            (config.target_layer_ids, config.mask_token_id) == (self.layers, self.mask)
+            and self.causal in (None, config.causal[0])
+            and self.scale in (None, config.input_scale)
+            and (self.prompts is None or tokens in texts)
+        )
+
+
+class MadeUp(FakeBackend):
+    """A pair with a folder's configuration, whose drafter knows the tokens if it fits."""
+
+    inexact, images = "rounding may differ", "it is made up"
+
+    def __init__(self, folder, head=None, **training):
+        super().__init__(lambda tokens: np.eye(VOCAB)[token_at(len(tokens))], None, VOCAB)
+        self.drafter_config, self.training = drafter_config(folder), Training(**training)
+        if max(self.drafter_config.target_layer_ids) > 2:
+            raise CheckpointError("the target has no such layer")
+        self.drafter, self.head = self, head
+
+    def draft(self, roots, depths=None):
+        ((state, root),) = roots
+        assert root == token_at(state.length)
+        return [list(state.tokens)]
+
+    def log_probs(self, block):
+        share = 0.7 if self.training.fits(self.drafter_config, block) else 0.2
+        return rows_at(len(block) - self.training.late, self.training.depths, share)
 
 
 @pytest.fixture
@@ -315,7 +387,7 @@ def test_measure(folder):
     pair = MadeUp(folder, head=Head())
     answer = [token_at(position) for position in range(2, 12)]
     answer[4] = COMMON  # at depth 4 of the first block, the root of the second
-    pair.draft = lambda roots, depths=None: [text.length for text, _ in roots]
+    pair.draft = lambda roots, depths=None: [list(text.tokens) for text, _ in roots]
     found = measure(pair, [([5], answer[:1]), ([5, 6], answer)], pair.head)
     np.testing.assert_array_equal(
         found.marginal.hits, [[1, 1, 1, 0, 1], [1, 1, 1, 1, 1], [1, np.nan, np.nan, np.nan, np.nan]]
