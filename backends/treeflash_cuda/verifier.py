@@ -26,7 +26,6 @@ from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.cache import Slab
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import DrafterModel
-from treeflash_cuda.gpu.row_pass import has_features
 from treeflash_cuda.gpu.state_arena import TreeWrites, WrittenTree
 from treeflash_cuda.mtp_head import MtpModel
 from treeflash_cuda.numerics import upload_all
@@ -116,9 +115,9 @@ class Verifier:
         # The head reads embeddings, in which features of images stand.
         parts = [
             replace(part, merged=self._merged(self.drafter, part))
-            if part.state.drafter is not None and has_features(*row)
+            if state.drafter is not None and state.has_features(tokens)
             else part
-            for part, row in zip(found.rows, rows, strict=True)
+            for part, (state, tokens) in zip(found.rows, rows, strict=True)
         ]
         return replace(found, rows=parts)
 

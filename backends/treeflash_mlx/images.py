@@ -94,7 +94,7 @@ class VisionTower:
     def rows(self, state: State, token_ids: Sequence[int]) -> ImageRows | None:
         """Return the embeddings of the next tokens of a prompt; None if no token is a feature."""
         first, size = state.length, len(token_ids)
-        if state.images is None or not state.has_features(size):
+        if state.images is None or not state.has_features(token_ids):
             return None
         images, end = state.images.prompt, first + size
         found, encode = images.features_in(first, end), partial(self.encode, images)

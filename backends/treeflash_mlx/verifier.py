@@ -180,7 +180,7 @@ class Verifier:
                 continue
             token_ids = item.token_ids
             stop = state.length + len(token_ids)
-            together = len(token_ids) <= largest and not state.has_features(len(token_ids))
+            together = len(token_ids) <= largest and not state.has_features(token_ids)
             if not together:
                 # The last token has its own pass: no other token needs logits.
                 end = len(token_ids) - (item.params is not None)

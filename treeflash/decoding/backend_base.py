@@ -331,14 +331,14 @@ class BaseState(ABC, Generic[K, R]):
         if isinstance(tokens, DraftTree):
             return tokens.positions(self.length) + np.int32(self.positions.shift)
         positions = self.positions.rows(self.length, self.length + len(tokens))
-        has_axes = self.positions.axes is not None and self.has_features(len(tokens))
+        has_axes = self.positions.axes is not None and self.has_features(tokens)
         return positions if has_axes else positions[0]
 
-    def has_features(self, size: int) -> bool:
-        """Return whether some of the next `size` tokens of a prompt stand for features."""
-        if self.images is None:
+    def has_features(self, tokens: DraftTree | Sequence[int]) -> bool:
+        """Return whether some of a prompt's next tokens stand for features, as no node does."""
+        if self.images is None or isinstance(tokens, DraftTree):
             return False
-        return bool(self.images.prompt.is_feature[self.length : self.length + size].any())
+        return bool(self.images.prompt.is_feature[self.length : self.length + len(tokens)].any())
 
     def chunk_size(self, size: int) -> int:
         """Return how many tokens to run next, about `size`; see `PromptImages.chunk_end`."""

@@ -71,7 +71,7 @@ class RowPass:
             return False
         if isinstance(tokens, DraftTree):
             return True
-        if has_features(state, tokens) or self.target.state_arena is not None:
+        if state.has_features(tokens) or self.target.state_arena is not None:
             return False
         return self.target.prompt_attention is None or len(tokens) <= MAX_CHUNK
 
@@ -176,11 +176,6 @@ class RowPass:
         rows = RowInputs(slab, ids, rotary, plan[0], slots, keys, recurrent)
         logits, outputs, writes = self.compute(rows)
         return logits, finite_argmax(logits), tuple(outputs), *outputs.values(), *writes
-
-
-def has_features(state: State, tokens: DraftTree | Sequence[int]) -> bool:
-    """Return whether new tokens of a sequence stand for features of an image."""
-    return not isinstance(tokens, DraftTree) and state.has_features(len(tokens))
 
 
 def slab_of(state: State) -> Slab | None:

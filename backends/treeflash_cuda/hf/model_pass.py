@@ -12,7 +12,7 @@ from torch import Tensor
 
 from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.attention import TokenBlock
-from treeflash_cuda.gpu.row_pass import RowInputs, RowPass, has_features
+from treeflash_cuda.gpu.row_pass import RowInputs, RowPass
 from treeflash_cuda.gpu.tree_recurrences import TreeRecurrences
 from treeflash_cuda.hf.attention_contexts import TreeContext
 from treeflash_cuda.hf.hybrid import HybridCache, HybridTreeCache
@@ -53,7 +53,8 @@ class ModelPasses:
         if in_row_pass:
             run(self.row_pass.run, in_row_pass)
         others = [i for i in range(len(rows)) if i not in in_row_pass]
-        alone = [i for i in others if has_features(*rows[i]) or not self.target.reads_cache]
+        has_features = [state.has_features(tokens) for state, tokens in rows]
+        alone = [i for i in others if has_features[i] or not self.target.reads_cache]
         for members in (*([i] for i in alone), [i for i in others if i not in alone]):
             if members:
                 run(self._run_with_masks, members)
@@ -99,8 +100,9 @@ class ModelPasses:
         uploaded = iter(upload_all([*arrays, rows_to_keep], self.target.device))
         rotary = next(uploaded).long() if turned else None
         tower, images = self.target.tower, None
-        if tower is not None and has_features(*rows[0]):
-            images = tower.rows(rows[0][0], sizes[0])
+        state, tokens = rows[0]
+        if tower is not None and state.has_features(tokens):
+            images = tower.rows(state, len(tokens))
         token_ids: list[Tensor] = []
         blocks: list[TokenBlock] = []
         for state, tokens in rows:
