@@ -12,19 +12,17 @@ import signal
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
-import psutil
 import pytest
 import uvicorn
 from failures import failing
 from processes import core_command
-from servers import PATIENCE, parse, wait_until, wait_until_ready
+from servers import PATIENCE, parse, wait_until
 
 from treeflash.commands import serve as command
 from treeflash.errors import ConfigError
@@ -254,19 +252,18 @@ def test_port_taken(run):
 
 
 @contextmanager
-def running(folder, command, log=None):
+def running(folder, *args):
     """Start a server in a process; yields the process and its log, whose lines are checked."""
-    log = log or folder / "log"
+    options = (*args, "--backend", "reference", "--method", "ar", "--port", 0)
+    log = folder / "log"
     with (
         log.open("w") as err,
         subprocess.Popen(
-            command,
+            core_command("serve", *map(str, options)),
             stdout=subprocess.PIPE,
             stderr=err,
             text=True,
             env={**os.environ, "TREEFLASH_CACHE": str(folder)},
-            # A shell starts processes in the background with SIGINT ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process,
     ):
         try:
@@ -280,22 +277,16 @@ def url_of(process, log):
     return log.read_text().split(" on ")[1].split()[0]
 
 
-def serve_command(*args):
-    options = ("--backend", "reference", "--method", "ar", "--port", 0)
-    return core_command("serve", *map(str, (*args, *options)))
-
-
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+: ")
-on_signals = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
 
-@on_signals
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_life(model, tmp_path):
     """Of two models the one that is named is loaded, and a signal lets its answer end."""
     tables = [f'[[model]]\nname = "{x}"\ntarget = "{model.folder}"\n' for x in ("first", "second")]
     file = write(tmp_path / "models.toml", "".join(tables))
     body = {"model": "second", "prompt": "A", "max_tokens": 150, "ignore_eos": True, "stream": True}
-    with running(tmp_path, serve_command("--models", file)) as (process, log):
+    with running(tmp_path, "--models", file) as (process, log):
         url = f"{url_of(process, log)}/v1/completions"
         with httpx.stream("POST", url, json=body, timeout=PATIENCE) as response:
             frames = parse(response)
@@ -314,111 +305,11 @@ def test_a_life(model, tmp_path):
     assert "first loaded in" not in log.read_text()
 
 
-# What follows starts a process each, and the first signal is sent above.
-
-
-@pytest.mark.nightly
-@on_signals
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_ends_it_at_once(model, tmp_path, number, status):
-    """Without a traceback."""
-    body = {"prompt": "A", "stream": True, "max_tokens": 500, "ignore_eos": True, "n": 16}
-    with running(tmp_path, serve_command("--target", model.folder)) as (process, log):
-        url = url_of(process, log)
-        with httpx.Client(base_url=url, timeout=PATIENCE) as client:
-            wait_until_ready(client)
-            with client.stream("POST", "/v1/completions", json=body) as response:
-                next(parse(response))
-                process.send_signal(number)
-                wait_until(lambda: "finishing 16 answers" in log.read_text())
-                process.send_signal(number)
-                assert process.wait(PATIENCE) == status
-    lines = log.read_text().splitlines()
-    assert "stopped before 16 answers were finished" in lines[-1]
-    assert all(map(LINE.match, lines))
-
-
-LOADING = """
-import atexit, os, time
-from pathlib import Path
-from treeflash.serving.application import ModelSpec, Settings, serve
-
-def load():
-    atexit.register(os.abort)  # as a framework does whose threads are running
-    print("loading", flush=True)
-    time.sleep(600)
-
-specs = [
-    ModelSpec(names=(name,), load=load, settings=Settings(), defaults={}, folder=Path(FOLDER))
-    for name in NAMES
-]
-raise SystemExit(serve(specs, Settings(), host="127.0.0.1", port=0, log_level="info"))
-"""
-
-
-def loading(model, *names):
-    """A command of a server whose models take for ever to load."""
-    code = LOADING.replace("FOLDER", repr(str(model.folder))).replace("NAMES", repr(names))
-    return [sys.executable, "-c", code]
-
-
-@pytest.mark.nightly
-@on_signals
-def test_an_interruption_while_it_loads(model, tmp_path):
-    with running(tmp_path, loading(model, "tiny")) as (process, log):
-        assert process.stdout.readline() == "loading\n"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE) == 130
-    assert log.read_text() == "interrupted\n"
-
-
-@pytest.mark.nightly
-@on_signals
-def test_a_signal_while_a_request_waits_for_its_model(model, tmp_path):
-    """The request is answered, and the process ends although nothing can stop the load."""
-    with running(tmp_path, loading(model, "one", "two")) as (process, log):
-        url = f"{url_of(process, log)}/v1/completions"
-        with ThreadPoolExecutor(1) as clients:
-            body = {"model": "two", "prompt": "A"}
-            asked = clients.submit(httpx.post, url, json=body, timeout=PATIENCE)
-            assert process.stdout.readline() == "loading\n"
-            process.send_signal(signal.SIGTERM)
-            assert asked.result().json()["error"]["code"] == "shutting_down"
-        assert process.wait(PATIENCE) == 0, log.read_text()
-    assert "Traceback" not in log.read_text()
-
-
-FULL = Path("/dev/full")
-
-
 def test_a_disk_that_is_full_while_models_are_fetched(run):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
     with failing(command.cli, "locate_model", full):
         code, err = run("--port", 0)
     assert (code, err) == (2, "error: model.safetensors: No space left on device\n")
-
-
-# What it writes is Python's `logging`, which survives any error.
-@pytest.mark.nightly
-@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
-def test_the_server_answers_though_its_log_cannot_be_written(model, tmp_path):
-    with running(tmp_path, serve_command("--target", model.folder), FULL) as (process, _):
-
-        def listening():
-            assert process.poll() is None, "the server has ended"
-            connections = psutil.Process(process.pid).net_connections("tcp4")
-            return [x.laddr.port for x in connections if x.status == psutil.CONN_LISTEN]
-
-        wait_until(listening)
-        url = f"http://127.0.0.1:{listening()[0]}"
-        with httpx.Client(base_url=url, timeout=PATIENCE) as client:
-            wait_until_ready(client)
-            body = {"prompt": "A", "max_tokens": 4, "ignore_eos": True}
-            answer = client.post("/v1/completions", json=body)
-        assert answer.json()["usage"]["completion_tokens"] == 4
-        process.send_signal(signal.SIGTERM)
-        # Python ends with 120 if some of its log was left to flush.
-        assert process.wait(PATIENCE) in (0, 120)
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"

@@ -226,12 +226,3 @@ def test_each_prompt_has_its_own(chunked):
     told = [x for x in frames if "prompt_progress" in x]
     assert {frame["choices"][0]["index"] for frame in told} == {0, 1}
     assert len(text_of(frames)) > 0
-
-
-def test_the_package_of_openai_reads_it(chunked):
-    openai = pytest.importorskip("openai")
-    with openai.OpenAI(base_url=f"{chunked.url}/v1", api_key="-", max_retries=0) as client:
-        fields = {"model": "tiny", "stream": True, "extra_body": {"return_progress": True}}
-        chunks = list(client.chat.completions.create(**BODIES[CHAT], max_tokens=5, **fields))
-    assert chunks[0].prompt_progress["processed"] == 64
-    assert any(chunk.choices[0].delta.content for chunk in chunks)

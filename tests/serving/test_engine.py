@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -20,13 +21,14 @@ import pytest
 from failures import failing
 from recordings import recording
 from servers import PATIENCE, Gate, check_error, parse, serving, wait_until
+from stand_ins import stand_in
 
 from treeflash.config import GIB, DecodeConfig
 from treeflash.decoding.interfaces import DeviceReport
 from treeflash.errors import CheckpointError, ConfigError, NumericalError
 from treeflash.serving import application
 from treeflash.serving.engine import Completion, Engine
-from treeflash.serving.models import ModelSpec
+from treeflash.serving.models import ModelPool, ModelSpec
 from treeflash.serving.settings import Settings
 from treeflash.serving.streaming import speculative_decoding
 from treeflash.text.stream import Assembler
@@ -176,25 +178,28 @@ def test_an_answer_that_cannot_be_added_fails_alone(serve):
 
 @pytest.fixture
 def running():
-    """A function that waits for the first server of `application.serve`, and returns its port."""
+    """A function that waits for the first server of `application.serve`, and its socket."""
     with recording(application.Server, "startup") as begun:
 
         def first():
             wait_until(lambda: begun and begun[0][0].started)
             (server,) = begun[0]
-            return server, server.servers[0].sockets[0], server.pool.models[0].service.engine
+            return server, server.servers[0].sockets[0]
 
         yield first
 
 
-def serve_until_it_ends(model, client, **limits):
+def serve_until_it_ends(models, client, folder=None, **limits):
     """Run a server of its own, and the client in a thread; returns the exit status."""
     where = {"host": "127.0.0.1", "port": 0, "log_level": "info"}
     settings = Settings()
-    spec = ModelSpec(names=("tiny",), load=lambda: model, settings=settings, defaults={})
+    specs = [
+        ModelSpec(names=(name,), load=load, settings=settings, defaults={}, folder=folder)
+        for name, load in models.items()
+    ]
     with ThreadPoolExecutor(1) as clients:
         asked = clients.submit(client)
-        status = application.serve([spec], settings, **where, **limits)
+        status = application.serve(specs, settings, **where, **limits)
         return status, asked.result()
 
 
@@ -203,18 +208,18 @@ def test_the_status_tells_whether_the_device_was_lost(model, running, lost):
     """No thread of a framework is left, beside which the interpreter would abort."""
 
     def post():
-        server, listening, engine = running()
+        server, listening = running()
         if lost:
             url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
             with suppress(httpx.TransportError):  # the server ends
                 httpx.post(url, json={"prompt": "A"})
         else:
             server.handle_exit(signal.SIGTERM, None)
-        return engine
+        return server.pool.models[0].service.engine
 
     error = RuntimeError("[METAL] ... Caused GPU Timeout Error")
     with failing(model.backend.verifier, "run", error) if lost else nullcontext():
-        status, engine = serve_until_it_ends(model, post)
+        status, engine = serve_until_it_ends({"tiny": lambda: model}, post)
     assert bool(status) == lost
     assert not engine.thread.is_alive()
 
@@ -224,7 +229,8 @@ def test_a_client_that_does_not_read_its_answer_cannot_hold_the_server(model, ru
     content = json.dumps(body).encode()
 
     def ask():
-        server, listening, engine = running()
+        server, listening = running()
+        engine = server.pool.models[0].service.engine
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -238,7 +244,60 @@ def test_a_client_that_does_not_read_its_answer_cannot_hold_the_server(model, ru
             wait_until(lambda: not engine.thread.is_alive())
         return "it has not waited"
 
-    assert serve_until_it_ends(model, ask, reading_seconds=0) == (0, "it has not waited")
+    status, said = serve_until_it_ends({"tiny": lambda: model}, ask, reading_seconds=0)
+    assert (status, said) == (0, "it has not waited")
+
+
+@pytest.fixture
+def exits(monkeypatch):
+    """Raise SystemExit where the process ends at once."""
+    stand_in(monkeypatch, application.os, _exit=sys.exit)
+    stand_in(monkeypatch, application.logging, shutdown=lambda: None)
+
+
+@pytest.mark.usefixtures("exits")
+def test_a_second_signal_ends_the_process_at_once(serve, caplog):
+    server = serve()
+    body = {"prompt": "A", "stream": True, "n": 16, "ignore_eos": True}
+    caplog.set_level("INFO")
+    with Gate(server.engine) as gate, server.client.stream("POST", "/v1/completions", json=body):
+        gate.allow(1)
+        server.server.handle_exit(signal.SIGTERM, None)
+        with pytest.raises(SystemExit, match="143"):
+            server.server.handle_exit(signal.SIGTERM, None)
+        gate.open()
+    assert "SIGTERM: finishing 16 answers" in caplog.text
+    assert "stopped before 16 answers were finished" in caplog.text
+
+
+@pytest.mark.usefixtures("exits")
+def test_an_interruption_while_the_only_model_is_loaded(capsys):
+    with failing(ModelPool, "start", KeyboardInterrupt), pytest.raises(SystemExit, match="130"):
+        serve_until_it_ends({"tiny": None}, lambda: None)
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.usefixtures("exits")
+def test_the_end_does_not_wait_for_a_model_that_is_loaded(model, running):
+    begun, given_up = threading.Event(), threading.Event()
+
+    def load():
+        begun.set()
+        given_up.wait(PATIENCE)
+        raise CheckpointError("nobody waits for it")
+
+    def post():
+        server, listening = running()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
+        with ThreadPoolExecutor(1) as clients:
+            asked = clients.submit(httpx.post, url, json={"model": "two", "prompt": "A"})
+            assert begun.wait(PATIENCE)
+            server.handle_exit(signal.SIGTERM, None)
+            assert asked.result().json()["error"]["code"] == "shutting_down"
+
+    with pytest.raises(SystemExit, match="0"):
+        serve_until_it_ends({"one": load, "two": load}, post, model.folder)
+    given_up.set()
 
 
 @pytest.mark.parametrize(

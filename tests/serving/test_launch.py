@@ -300,27 +300,22 @@ def test_a_target_that_cannot_call_tools_is_refused_before_it_is_loaded(
     assert reason in refusal(run("claude", *options))
 
 
-# A server in a process; the next test has one that ends before it is ready.
-@pytest.mark.nightly
-def test_a_model_that_cannot_be_loaded(run, model, tmp_path):
-    """The server's own line is shown, and the agent is not started."""
-    target, drafter = tmp_path / "target", model.folder.parent / "drafter"
-    shutil.copytree(model.folder, target)
-    weights = target / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    pair = ["--target", target, "--drafter", drafter, "--backend", "reference"]
-    code, told, err = run("claude", "--port", "0", *pair)
-    lines = [line for line in err.split("\n") if "error: " in line]
-    assert (code, told, len(lines)) == (2, None, 1), err
-    assert "model.safetensors" in lines[0]
-    assert "Traceback" not in err
-
-
-def test_a_server_that_fails_without_a_word(run, model, monkeypatch):
-    monkeypatch.setattr(launch.sys, "executable", shutil.which("false"))
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [
+        ("exit 1", "the server ended with status 1: it printed nothing"),
+        ("echo 'error: model.safetensors is damaged'; exit 2", "model.safetensors is damaged"),
+    ],
+)
+def test_a_server_that_ends_before_it_is_ready(run, model, agents, monkeypatch, program, says):
+    """Its own line is shown, and the agent is not started."""
+    server = agents / "python"
+    server.write_text(f"#!/bin/sh\n{program}\n")
+    server.chmod(0o755)
+    monkeypatch.setattr(launch.sys, "executable", str(server))
     code, told, err = run("claude", "--port", "0", "--target", model.folder, "--method", "ar")
     assert (code, told) == (2, None)
-    assert "error: the server ended with status 1: it printed nothing\n" in err
+    assert f"error: {says}\n" in err
 
 
 def test_an_interruption_ends_a_server_that_still_answers():

@@ -49,20 +49,6 @@ def test_a_full_queue_says_when_to_come_back(serve):
     wait_until(lambda: server.engine.unfinished == 0)
 
 
-# Two seconds of waiting; the test above has the same formula.
-@pytest.mark.nightly
-def test_slow_answers_make_clients_wait_longer(serve):
-    server = serve(max_parallel=1, max_queue=1)
-    slow_down(server, 0.15)
-    assert server.complete("A", max_tokens=12, ignore_eos=True, method="ar").status_code == 200
-    with Gate(server.engine) as gate:
-        body = {"prompt": "A", "stream": True, "n": 2, "max_tokens": 1}
-        with server.client.stream("POST", TEXT, json=body):
-            refused = server.complete("A")
-            assert int(refused.headers["Retry-After"]) > 2, "an answer takes more than a second"
-            gate.open()
-
-
 def test_more_answers_than_the_server_has_room_for_are_an_error_of_the_request(serve):
     """Coming back later would not help."""
     server = serve(max_parallel=1, max_queue=2)

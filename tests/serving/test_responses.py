@@ -139,6 +139,8 @@ def test_details_of_the_usage(client):
     found = client.responses.create(**asked, reasoning=reasoning)
     assert found.usage.output_tokens_details.reasoning_tokens == 8
     assert found.usage.input_tokens_details.cache_write_tokens == 0, "nobody pays for them"
+    again = client.responses.create(**asked, reasoning=reasoning).usage
+    assert again.input_tokens_details.cached_tokens > again.input_tokens / 2
 
 
 def test_a_failure_ends_the_stream_with_events(server):
