@@ -130,6 +130,13 @@ def test_norms_are_compiled_beside_layers_that_are(pair, dtype):
         torch.testing.assert_close(norm(x).float(), expected, rtol=0.01, atol=1e-5)
 
 
+def test_weights_are_rounded_in_whole_groups():
+    on_gpu = linear.quantising(4, PYTORCH.quantised_linear)
+    for packing, group in ((linear.rounding(4), linear.LOW_BIT_GROUP), (on_gpu, GROUP)):
+        sizes = 2 * group, group + group // 2
+        assert [packing.fits(torch.empty(3, size)) for size in sizes] == [True, False]
+
+
 def test_an_output_head_of_its_own_that_has_no_whole_groups_stays_as_it_is(tmp_path, monkeypatch):
     stand_in(monkeypatch, linear, LOW_BIT_GROUP=2 * linear.LOW_BIT_GROUP)
     backend = load(*write_mtp_pair(tmp_path, "eagle3"), LoadConfig(draft_bits=4, **ON_CPU))

@@ -8,13 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from treeflash.decoding.backend_base import BaseState
 from treeflash.decoding.disk_cache import Prefix
 from treeflash.decoding.families import ImageFamily
 from treeflash.decoding.image_processor import KEPT_PICTURES, Processor, load_processor
-from treeflash.decoding.images import Image, PromptImages, locate, rotary_positions
+from treeflash.decoding.images import Image, PrefillImages, PromptImages, locate, rotary_positions
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.state_files import PrefixKeys
 from treeflash.decoding.suffix import SEPARATOR, SuffixDrafter
+from treeflash.decoding.tree import DraftTree
 
 PLACEHOLDER = 9
 
@@ -35,6 +37,14 @@ def prompt(*parts, whole=False):
             ids += [PLACEHOLDER] * part[1]
     images, is_feature = locate(ids, PLACEHOLDER, inputs)
     return ids, PromptImages(images, is_feature, whole=whole)
+
+
+def test_next_tokens_stand_for_features_and_nodes_of_trees_do_not():
+    ids, images = prompt([1, 2], (pixels(0), 6), [3])
+    state = SimpleNamespace(images=PrefillImages(images), length=1)
+    nodes = DraftTree.chain(np.array(ids[1:3], np.int32))
+    found = [BaseState.has_features(state, tokens) for tokens in (ids[1:3], ids[1:2], nodes)]
+    assert found == [True, False, False]
 
 
 def test_positions_of_text_follow_the_largest_position_of_an_image():
