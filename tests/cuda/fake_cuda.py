@@ -473,7 +473,11 @@ def _converted(args, out):
     if not _is_floating(out) or out.device.type != "cuda":
         return 0
     numbers = [x for x in args if isinstance(x, torch.Tensor) and x.dtype == torch.int8]
-    return sum(x.numel() for x in numbers if not torch._C._is_alias_of(x, out))
+    return sum(x.numel() for x in numbers if not _shares_memory(x, out))
+
+
+def _shares_memory(x, y):
+    return torch._C._is_alias_of(x, y)
 
 
 def _is_floating(x):
@@ -504,7 +508,7 @@ def _launches(func, args, out):
     tensors = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
     if any(x.alias_info is not None and not x.alias_info.is_write for x in func._schema.returns):
         # Conversions and reshapes are views where they can be.
-        tensors = [x for x in tensors if not torch._C._is_alias_of(x, args[0])]
+        tensors = [x for x in tensors if not _shares_memory(x, args[0])]
     return any(x.device.type == "cuda" for x in tensors)
 
 
