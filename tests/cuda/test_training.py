@@ -5,7 +5,6 @@ A folder says what resumes and what is refused; a full disk leaves it usable.
 
 import json
 import os
-import resource
 import shutil
 import signal
 import stat
@@ -16,7 +15,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from failures import failing
+from failures import failing, full_disk
 from small_training import CPU, TINY_RUN, TINY_VOCAB, texts_of, train_steps
 from stand_ins import stand_in
 
@@ -554,16 +553,13 @@ def test_a_damaged_log_is_named(line, steps, folder):
 @pytest.mark.parametrize("cache_gb", [0.0, 1.0])
 @pytest.mark.parametrize("size", [10, 500, 40_000, 120_000, 200_000])
 def test_a_full_disk_is_one_clear_error(size, cache_gb, steps, folder, monkeypatch):
-    """No file may be larger than `size`, as a stand-in for a disk without space."""
     # Python would leave modules' bytecode that the limit has cut off.
     stand_in(monkeypatch, sys, dont_write_bytecode=True)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        with pytest.raises(ConfigError, match=r"run/.* cannot be written") as caught:
-            steps(cache_gb=cache_gb)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with (
+        full_disk(size),
+        pytest.raises(ConfigError, match=r"run/.* cannot be written") as caught,
+    ):
+        steps(cache_gb=cache_gb)
     assert "\n" not in str(caught.value)
     assert steps(cache_gb=cache_gb)[-1] == 6
 

@@ -1,4 +1,4 @@
-"""Functions that fail."""
+"""Functions that fail, and a disk without space."""
 
 from __future__ import annotations
 
@@ -28,3 +28,15 @@ def failing(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, fail)
         yield
+
+
+@contextmanager
+def full_disk(size: int = 10) -> Iterator[None]:
+    """Let no file become larger than `size` bytes until the block ends, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -49,6 +49,18 @@ def test_a_full_queue_says_when_to_come_back(serve):
     wait_until(lambda: server.engine.unfinished == 0)
 
 
+def test_quick_answers_let_clients_come_back_earlier(serve):
+    server, told = serve(max_parallel=1, max_queue=63), []
+    body = {"prompt": ["A"] * 64, "stream": True, "max_tokens": 1}
+    for _ in range(2):
+        with Gate(server.engine), server.client.stream("POST", TEXT, json=body):
+            told.append(int(server.complete("A").headers["Retry-After"]))
+        wait_until(lambda: server.engine.unfinished == 0)
+        assert server.complete("A", n=16, max_tokens=1).status_code == 200
+    assert told[0] == 64
+    assert told[1] < 32
+
+
 def test_more_answers_than_the_server_has_room_for_are_an_error_of_the_request(serve):
     """Coming back later would not help."""
     server = serve(max_parallel=1, max_queue=2)

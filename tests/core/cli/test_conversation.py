@@ -7,7 +7,7 @@ import signal
 import stat
 
 import pytest
-from failures import failing
+from failures import failing, full_disk
 from prompt_toolkit.application import Application, create_app_session
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
@@ -196,13 +196,8 @@ def test_save_writes_what_train_reads(talk, tmp_path):
 
 
 def test_a_full_disk_keeps_no_part_of_a_conversation(talk, tmp_path):
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
-    try:
+    with full_disk():
         _, shown = talk("hi", ENTER, f"/save {tmp_path / 'talk.jsonl'}", ENTER)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "cannot be written: File too large" in " ".join(shown.split())
     assert not list(tmp_path.iterdir())
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from failures import full_disk
 
 from treeflash.errors import ConfigError
 from treeflash.text.output_file import OutputFile, has_fields
@@ -164,11 +165,8 @@ def test_other_settings_are_named(tmp_path):
         file.check_settings(FIRST, {"turn": 1})
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
-    path = tmp_path / "out.jsonl"
-    with opened(path) as file, Path("/dev/full").open("wb", buffering=0) as full:
-        monkeypatch.setattr(file, "_file", full)
-        with pytest.raises(ConfigError, match=r"out\.jsonl cannot be written: No space left"):
+def test_a_full_disk_names_the_file(tmp_path):
+    with opened(tmp_path / "out.jsonl") as file, full_disk():
+        with pytest.raises(ConfigError, match=r"out\.jsonl cannot be written: File too large"):
             file.append(FIRST)
         assert not file.records
