@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from families import by_name
 from safetensors.numpy import save_file
 
 from treeflash.decoding.transitions import TransitionTable
@@ -16,104 +18,11 @@ from treeflash.drafters.format import Format
 from treeflash.drafters.mtp_tensors import mtp_shapes
 from treeflash.testing.models import edit_config, normal, save, write_target
 
-GLM = {
-    "moe_intermediate_size": 6,
-    "n_group": 1,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 3,
-    "num_hidden_layers": 4,
-    "routed_scaling_factor": 2.5,
-    "topk_group": 1,
-}
-LATENTS = {
-    "kv_lora_rank": 6,
-    "num_key_value_heads": 4,
-    "qk_nope_head_dim": 4,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 5,
-}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "mtp": {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False},
-    "eagle3": {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 16},
-    "eagle3-flags": {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2]},
-        "norm_before_residual": True,
-        "norm_output": True,
-        "fc_norm": True,
-    },
-    "eagle3-all": {
-        "architectures": ["Eagle3LlamaForCausalLM"],
-        "eagle_aux_hidden_state_layer_ids": [1, 3, 4],
-        "norm_before_fc": True,
-        "num_aux_hidden_states": 3,
-        "rope_theta": 500.0,
-        "layer_types": ["sliding_attention"],
-        "sliding_window": 3,
-    },
-    "eagle3-gemma4": {
-        "architectures": ["Gemma4Eagle3Model"],
-        "attention_k_eq_v": True,
-        "final_logit_softcapping": 6.0,
-        "global_head_dim": 16,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "num_global_key_value_heads": 1,
-        "rope_parameters": {
-            "full_attention": {
-                "rope_type": "proportional",
-                "rope_theta": 1000.0,
-                "partial_rotary_factor": 0.25,
-            }
-        },
-        "target_layer_ids": [0, 2],
-    },
-    "qwen-experts": {
-        "model_type": "qwen3_next",
-        "moe_intermediate_size": 6,
-        "norm_topk_prob": False,
-        "num_experts": 5,
-        "num_experts_per_tok": 2,
-        "num_hidden_layers": 4,
-        "partial_rotary_factor": 0.5,
-        "shared_expert_intermediate_size": 7,
-    },
-    "glm": {
-        **GLM,
-        "attention_bias": True,
-        "model_type": "glm4_moe",
-        "n_group": 4,
-        "partial_rotary_factor": 0.5,
-        "topk_group": 2,
-        "use_qk_norm": True,
-    },
-    "glm-latents": {
-        **GLM,
-        **LATENTS,
-        "model_type": "deepseek_v3",
-        "n_group": 2,
-        "q_lora_rank": 5,
-        "rope_scaling": {
-            "rope_type": "yarn",
-            "factor": 4.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "original_max_position_embeddings": 8,
-        },
-    },
-}
-"""The settings of heads, of which `mtp` is in the target's folder."""
-VARIANTS: dict[str, dict[str, Any]] = {
-    "glm-latents-halves": {
-        **GLM,
-        **LATENTS,
-        "model_type": "glm4_moe_lite",
-        "n_shared_experts": 0,
-        "q_lora_rank": None,
-        "rope_interleave": False,
-    }
-}
-"""More settings, for tests of numbers alone."""
+HEADS = by_name(json.loads((Path(__file__).parent / "mtp_heads.json").read_text("utf-8")))
+"""The settings of heads; the ones of `mtp` are in the target's folder."""
+VARIANTS = ("glm-latents-halves",)
+"""Heads for tests of numbers alone."""
+SETTINGS = tuple(name for name in HEADS if name not in VARIANTS)
 MARKS = {
     "qwen": ("mtp.fc.weight", "mtp.pre_fc_norm_hidden.weight", "mtp.layers.0.mlp.gate.weight"),
     "glm": ("model.layers.4.eh_proj.weight",),
@@ -138,11 +47,11 @@ def write_head(head: Path, target: Path, kind: str, seed: int, **settings: Any) 
     """Write a head for a target; return its folder, which is the target's for `mtp`."""
     shape, rng = _shape(target), np.random.default_rng(seed)
     if kind == "mtp":
-        edit_config(target, lambda config: config.get("text_config", config).update(SETTINGS[kind]))
+        edit_config(target, lambda config: config.get("text_config", config).update(HEADS[kind]))
         tensors = _tensors(rng, mtp_formats.QWEN_MTP, read_config(target), shape)
         save_file(tensors, target / "mtp.safetensors")
         return target
-    drafter = _layers(shape, 1) | {"model_type": "llama"} | (SETTINGS | VARIANTS)[kind] | settings
+    drafter = _layers(shape, 1) | {"model_type": "llama"} | HEADS[kind] | settings
     marks = MARKS.get(kind.partition("-")[0], ())
     format = mtp_formats.detect(drafter, marks)
     assert format is not None
