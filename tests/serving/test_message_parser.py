@@ -186,33 +186,26 @@ def test_tool_call_parsers(tokenizer, name, size):
     assert (plain.content, plain.calls) == ("It is {here}.", [])
 
 
+THOUGHT = "<think>Hm.</think>"
 FAMILIES = {
-    "qwen3": (
-        "<|im_start|>assistant\n",
-        "<think>Hm.</think>Yes.\n<tool_call>\n"
-        '{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>',
-    ),
-    "qwen3_5_moe": (
-        "<|im_start|>assistant\n",
-        "<think>Hm.</think>Yes.\n<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n"
-        "</function>\n</tool_call><|im_end|>",
-    ),
-    "gemma4": (
-        "<|turn>model\n",
-        "<|channel>thought\nHm.<channel|>Yes.<|tool_call>call:add{a:1}<tool_call|><turn|>",
-    ),
+    "qwen3": ("hermes", THOUGHT, "<|im_end|>"),
+    "qwen3_5_moe": ("qwen3_coder", THOUGHT, "<|im_end|>"),
+    "gemma4": ("gemma4", "<|channel>thought\nHm.<channel|>", "<turn|>"),
 }
+"""The form of a family's calls, a thought, and the end of an answer."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_whose_tokenizers_have_no_template(tokenizer, family, tmp_path):
-    prompt, text = FAMILIES[family]
+    form, thought, end = FAMILIES[family]
+    prompt, text, calls = PARSERS[form]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     plain = SimpleNamespace(transformers=SimpleNamespace(response_template=None))
     template = ResponseTemplate.find(plain, tmp_path)
-    parser = parse(template, prompt, tokenizer, text, 1000)
-    assert (parser.reasoning, parser.content) == ("Hm.", "Yes.")
-    assert [(x.name, json.loads(x.arguments)) for x in parser.calls] == [("add", {"a": 1})]
+    parser = parse(template, prompt, tokenizer, thought + text + calls + end, 1000)
+    assert (parser.reasoning, parser.content) == ("Hm.", text)
+    assert [x.name for x in parser.calls] == ["add"] * len(parser.calls) != []
+    assert json.loads(parser.calls[0].arguments) == {"a": 1}
 
 
 def test_without_a_template_everything_is_content(tokenizer):

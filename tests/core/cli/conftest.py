@@ -1,12 +1,20 @@
-"""A prompt file and a run over it, in a process that Ctrl-C interrupts."""
+"""A prompt file and a run over it, in a process that Ctrl-C interrupts, and conversations."""
 
+import io
 import json
 import signal
 
 import pytest
 from batch_files import ROWS
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.history import InMemoryHistory
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+from rich.console import Console
 
+from treeflash.commands.chat import ChatSession, make_session
 from treeflash.commands.generate import main
+from treeflash.decoding import SchedulerConfig
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +55,29 @@ def batch(paths, use, capsys):
         return code, err
 
     return batch
+
+
+END_OF_INPUT = "\x04"
+
+
+@pytest.fixture
+def talk(scripted, request):
+    """Enter keys in a conversation with a model: the conversation and what it showed."""
+
+    def talk(*keys: str, model=None, color=False, **options):
+        file = io.StringIO()
+        console = Console(file=file, width=100, force_terminal=color, highlight=False)
+        model = model or scripted(request.module.TEXT)
+        options = {"max_tokens": 100, **options}
+        talked = ChatSession(model, options, console, markdown=not color, color=color)
+        if model.backend.name == "scripted":  # its states cannot be kept
+            config = SchedulerConfig(max_parallel=1, lone_prefill_chunk=talk.prefill_chunk)
+            talked.scheduler = model.scheduler(config, None)
+        with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+            pipe.send_text("".join(keys) + END_OF_INPUT)
+            talked.run(make_session(talk.history))
+        return talked, file.getvalue()
+
+    talk.history = InMemoryHistory()
+    talk.prefill_chunk = 2048
+    return talk

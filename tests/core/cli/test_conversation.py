@@ -19,35 +19,11 @@ from rich.console import Console
 import treeflash
 from treeflash.commands import chat
 from treeflash.commands.chat import COMMANDS, STYLES, ChatSession, make_session
-from treeflash.decoding import SchedulerConfig
 from treeflash.decoding.interfaces import DeviceReport
 
 TEXT = "Es war einmal ein Bär, der schlief den ganzen Winter lang."
 INTERRUPT, END, NEW_LINE = "\x03", "\x04", "\x1b\r"
 ENTER = "\r"
-
-
-@pytest.fixture
-def talk(scripted):
-    """Enter keys in a conversation with a model: the conversation and what it showed."""
-
-    def talk(*keys: str, model=None, color=False, **options):
-        file = io.StringIO()
-        console = Console(file=file, width=100, force_terminal=color, highlight=False)
-        model = model or scripted(TEXT)
-        options = {"max_tokens": 100, **options}
-        talked = ChatSession(model, options, console, markdown=not color, color=color)
-        if model.backend.name == "scripted":  # its states cannot be kept
-            config = SchedulerConfig(max_parallel=1, lone_prefill_chunk=talk.prefill_chunk)
-            talked.scheduler = model.scheduler(config, None)
-        with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
-            pipe.send_text("".join(keys) + END)
-            talked.run(make_session(talk.history))
-        return talked, file.getvalue()
-
-    talk.history = InMemoryHistory()
-    talk.prefill_chunk = 2048
-    return talk
 
 
 def contents(talked):

@@ -4,15 +4,12 @@ import json
 
 import pytest
 from recordings import recording
-from rich.console import Console
 
 pytest.importorskip("PIL")
 from batch_files import records
 from PIL import Image
 from stub_images import FEATURES, StubProcessor, picture, url_of
 
-from treeflash.commands.chat import ChatSession
-from treeflash.decoding import SchedulerConfig
 from treeflash.text.prompt import image_part, text_part
 
 TEXT = "Ein Bär."
@@ -119,28 +116,11 @@ class TestPromptFiles:
 
 class TestChat:
     @pytest.fixture
-    def talk(self, model, capsys):
-        talked = ChatSession(model, {"max_tokens": 100}, Console(width=200))
-        # A scripted target keeps no states.
-        talked.scheduler = model.scheduler(SchedulerConfig(max_parallel=1), None)
+    def say(self, talk, model):
+        return lambda *lines: talk(*(f"{line}\r" for line in lines), model=model)
 
-        class Session:
-            def __init__(self, lines):
-                self.lines = list(lines)
-
-            def prompt(self, _):
-                if not self.lines:
-                    raise EOFError
-                return self.lines.pop(0)
-
-        def talk(*lines):
-            talked.run(Session(lines))
-            return talked, capsys.readouterr().out
-
-        return talk
-
-    def test_an_image_goes_with_the_next_message(self, talk, model, files):
-        talked, shown = talk(f"/image {files[0]}", f"/image {files[1]}", "What?", "And?")
+    def test_an_image_goes_with_the_next_message(self, say, model, files):
+        talked, shown = say(f"/image {files[0]}", f"/image {files[1]}", "What?", "And?")
         assert "images of the next message: 2" in shown
         first, _, second, _ = talked.messages
         urls = [url_of(picture(seed)).replace("image/png", "") for seed in (0, 1)]
@@ -148,20 +128,20 @@ class TestChat:
         assert second["content"] == "And?"
         assert "user: <image><image>What?<|end|>" in model.backend.images.texts[-1]
 
-    def test_retry_and_files_keep_the_images(self, talk, model, files, tmp_path):
+    def test_retry_and_files_keep_the_images(self, say, model, files, tmp_path):
         file = tmp_path / "talk.jsonl"
-        before, _ = talk(f"/image {files[0]}", "What?", "/retry", f"/save {file}")
+        before, _ = say(f"/image {files[0]}", "What?", "/retry", f"/save {file}")
         kept = list(before.messages)
         (tmp_path / "0.png").unlink()  # the conversation has its bytes
-        after, shown = talk("/reset", f"/load {file}", "And?")
+        after, shown = say(f"/load {file}", "And?")
         assert "error" not in shown
         assert after.messages[:2] == kept
         assert "<image>What?" in model.backend.images.texts[-1]
 
-    def test_mistakes(self, talk, files, model):
-        _, shown = talk("/image", "/image none.png", f"/image {files[0]}", "/reset", "Hi")
+    def test_mistakes(self, say, files, model):
+        _, shown = say("/image", "/image none.png", f"/image {files[0]}", "/reset", "Hi")
         assert "/image needs the name of a file" in shown
         assert "none.png cannot be read: No such file" in shown
         assert not model.backend.images.texts  # the new conversation has no image
         model.backend.images = "it has no vision tower"
-        assert "the target takes no images: it has no" in talk(f"/image {files[0]}")[1]
+        assert "the target takes no images: it has no" in say(f"/image {files[0]}")[1]
