@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from endless_pair import endless_pair
+from byte_tokens import endless_pair
 from failures import failing
 from gguf import GGMLQuantizationType
 from gguf_files import write_gguf

@@ -1,4 +1,4 @@
-"""A tokenizer of single bytes for tiny pairs."""
+"""A tokenizer of single bytes for tiny pairs, and a pair with it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from treeflash.testing.models import edit_config, write_pair
 
 SPECIAL = ["<|start|>", "<|end|>", "<|stop|>"]
 END = 1
@@ -32,3 +34,11 @@ def save_tokenizer(folder: Path, more: Sequence[str] = ()) -> Path:
     if not (generation_config := folder / "generation_config.json").exists():
         generation_config.write_text("{}")
     return folder
+
+
+def endless_pair(folder: Path) -> list[str]:
+    """Write a tiny pair whose texts never end; returns the options that choose it."""
+    target, drafter = write_pair(folder, "llama", seeds=(3, 4), vocab_size=300, max_positions=512)
+    edit_config(target, lambda config: config.pop("eos_token_id"))
+    save_tokenizer(target)
+    return ["--target", str(target), "--drafter", str(drafter)]

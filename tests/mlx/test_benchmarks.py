@@ -7,8 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from byte_tokens import save_tokenizer
-from endless_pair import endless_pair
+from byte_tokens import endless_pair, save_tokenizer
 from mtp_pairs import write_mtp_pair
 from stand_ins import stand_in
 
