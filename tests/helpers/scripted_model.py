@@ -61,10 +61,11 @@ def scripted_model(
         tensors[name] += 1
     tensors["model.embed_tokens.weight"] += np.eye(*tensors["model.embed_tokens.weight"].shape)
     head = tensors["lm_head.weight"]
-    head[END] = 1  # what is not in an answer is followed by the end
+    # The scores of one-hot rows: far apart, so that a sampled answer is the scripted one, too.
+    head[END] = 10  # what is not in an answer is followed by the end
     for start, answer in answers.items():
         ids = tokenizer.transformers.convert_tokens_to_ids([start, *answer])
-        head[[*ids[1:], END], ids] = 2
+        head[[*ids[1:], END], ids] = 20
     save(target, read_config(target), tensors)
     write_drafter(drafter, target, seed=4, target_layer_ids=(0,))
     return reference_model(target, drafter)

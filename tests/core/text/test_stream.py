@@ -154,18 +154,19 @@ TEXT = "The quick brown fox, ünd 👋🏽 so on; the end of it."
 FOREVER = {"max_tokens": 380, "stop_token_ids": (), "method": "ar"}
 
 
-def join_thread() -> None:
-    """Wait until no sequence is decoded for an event loop any more."""
-    for thread in threading.enumerate():
-        if thread.name == "treeflash-scheduler":
-            thread.join(30)
-            assert not thread.is_alive()
-
-
 @pytest.fixture(autouse=True)
-def no_thread_stays():
-    yield
-    join_thread()
+def join_threads():
+    """Waits until no sequence is decoded any more for an event loop of the test."""
+    others = threading.enumerate()  # such as the threads of a server that later tests use
+
+    def join() -> None:
+        for thread in threading.enumerate():
+            if thread.name == "treeflash-scheduler" and thread not in others:
+                thread.join(30)
+                assert not thread.is_alive()
+
+    yield join
+    join()
 
 
 class Gate:
@@ -341,10 +342,10 @@ def test_a_timeout_ends_a_text_and_not_the_others(model, gate):
     options = {"max_tokens": 30, "method": "ar"}
 
     async def run():
-        other = asyncio.ensure_future(model.agenerate("other", **options))
         stream = model.astream("hi", **FOREVER)
         gate.allow(3)
-        await anext(stream)
+        await anext(stream)  # before another text takes its passes
+        other = asyncio.ensure_future(model.agenerate("other", **options))
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(stream.run(), 0.01)
         assert [chunk async for chunk in stream] == []
@@ -370,12 +371,12 @@ def test_a_text_ends_with_its_event_loop(model, gate, closing):
     assert gate.passes <= 2
 
 
-def test_a_model_whose_texts_are_complete_is_freed(tiny_pair):
+def test_a_model_whose_texts_are_complete_is_freed(tiny_pair, join_threads):
     model = load(*tiny_pair, backend="reference")
     asyncio.run(model.agenerate("hi", max_tokens=3))
     backend = weakref.ref(model.backend)
     del model
-    join_thread()
+    join_threads()
     gc.collect()
     assert backend() is None
 
