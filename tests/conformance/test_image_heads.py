@@ -15,6 +15,7 @@ from image_models import TABLES, picture, random_model, random_processors, save_
 from mtp_pairs import write_head
 from parts import load_with_parts
 from safetensors.torch import load_file
+from transformers import Qwen3_5TextConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLRotaryEmbedding,
     apply_rotary_pos_emb,
@@ -96,9 +97,8 @@ class Published:
         return made
 
     def _mtp(self, embedded, states, positions):
-        text = self.model.config.text_config
-        layer = Qwen3_5DecoderLayer(text, 1).eval()
-        layer.self_attn.config._attn_implementation = "sdpa"
+        text = self.model.config.text_config.to_dict()
+        layer = Qwen3_5DecoderLayer(Qwen3_5TextConfig(**text, attn_implementation="sdpa"), 1).eval()
         names = {x: f"layers.0.{x}" for x in layer.state_dict()}
         layer.load_state_dict({x: self.tensors[y] for x, y in names.items()})
         both = (

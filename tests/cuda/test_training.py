@@ -319,14 +319,14 @@ def test_appended_layers_change_nothing_at_first(head, has_kinds, run, tmp_path,
         run("third", layers=4, **changes)
 
 
-# Two runs of 40 steps; the test of a checkpoint above goes the same way.
-@pytest.mark.nightly
+@pytest.mark.sample(None)
 @pytest.mark.parametrize("head", ["markov", "selector"])
 def test_training_continues_from_a_drafter_with_another_head(head, run, tmp_path):
-    run("first", head=head, steps=40)
-    changes = {"head_size": None, "head": head, "init": str(tmp_path / "first"), "seed": 1}
-    second, first = run("second", **changes), run("fresh", head=head, seed=1)
-    assert second[0]["loss"] < 0.8 * first[0]["loss"]
+    run("first", head=head, steps=1)
+    changes = {"head_size": None, "head": head, "init": str(tmp_path / "first"), "steps": 1}
+    run("second", **changes, learning_rate=1e-30)
+    first, second = tensors(tmp_path / "first"), tensors(tmp_path / "second")
+    assert all(np.allclose(second[name], x, rtol=0, atol=1e-9) for name, x in first.items())
     with pytest.raises(ConfigError, match=r"has head-size 48, not 3; leave it out"):
         run("third", **{**changes, "head_size": 3})
     with pytest.raises(ConfigError, match=f"has the head {head}, and its layers cannot serve"):
