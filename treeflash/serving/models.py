@@ -423,6 +423,7 @@ class ModelPool:
         assert service is not None
         stay.service = model.stay = None
         self.in_memory.remove(stay)
+        model.metrics.count_unload(reason)
         if stay.ends is not None:
             stay.ends.cancel()
         engines = [service.engine]
@@ -435,7 +436,6 @@ class ModelPool:
             gc.collect()
 
         await asyncio.to_thread(free)
-        model.metrics.count_unload(reason)
         logger.info("%s put away (%s)", model.name, reason)
 
 
