@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from byte_tokens import END, SPECIAL, save_tokenizer
+from recordings import recording
 
 from treeflash.cli import options
 from treeflash.commands.generate import main
@@ -245,13 +246,10 @@ def use(monkeypatch):
 
 
 @pytest.fixture
-def closed(monkeypatch):
+def closed():
     """Collect the sequences whose states are closed."""
-    sequences, close = [], RunningSequence.close
-    monkeypatch.setattr(
-        RunningSequence, "close", lambda self: (close(self), sequences.append(self))
-    )
-    return sequences
+    with recording(RunningSequence, "close") as sequences:
+        yield sequences
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from tool_models import tool_model
 
 from treeflash.language_model import LanguageModel
 from treeflash.testing.models import write_drafter, write_target
+from treeflash.text.grammar import GrammarCompiler
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +42,12 @@ def server(model):
     """A server with the default settings."""
     with serving(model) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def compiler(model):
+    """Compiles grammars for the tiny target."""
+    return GrammarCompiler(model.tokenizer, model.backend.vocab_size)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from treeflash.decoding import Request, Scheduler
 from treeflash.decoding.sampling import unpack
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.testing.pairs import repeated
-from treeflash.text.grammar import Grammar, GrammarCompiler, GrammarError
+from treeflash.text.grammar import Grammar, GrammarError
 from treeflash.text.tokenizer import Tokenizer
 
 SCHEMA = {
@@ -44,11 +44,6 @@ GRAMMARS = {
     "gbnf": Grammar.lark_or_gbnf(GBNF),
     "after": Grammar.json(SCHEMA).prepend("thought", rule=r"thought[lazy]: /(?s:.*)<\/t>/"),
 }
-
-
-@pytest.fixture(scope="module")
-def compiler(model):
-    return GrammarCompiler(model.tokenizer, model.backend.vocab_size)
 
 
 @pytest.fixture(scope="module")

@@ -139,11 +139,6 @@ ACCEPTED = {
 """As large as honest ones are."""
 
 
-@pytest.fixture(scope="module")
-def compiler(model):
-    return GrammarCompiler(model.tokenizer, model.backend.vocab_size)
-
-
 @pytest.mark.parametrize(
     ("grammar", "reason"),
     [

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from asgi import Pieces, ask, ingress
 from bodies import CHAT
-from servers import PATIENCE, parse, wait_until
+from servers import PATIENCE, wait_until
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
@@ -310,19 +310,6 @@ def replica_pids():
     processes = psutil.process_iter(["pid", "cmdline"])
     names = {process.pid: " ".join(process.info["cmdline"] or ()) for process in processes}
     return {pid for pid, name in names.items() if name.startswith(REPLICA)}
-
-
-@pytest.mark.nightly
-def test_answers_of_ray(url):
-    body = chat("Name a river.", max_tokens=8)
-    whole = httpx.post(url + CHAT, json=body, timeout=300).json()
-    assert whole["usage"]["completion_tokens"] == 8
-    with httpx.stream("POST", url + CHAT, json=body | {"stream": True}, timeout=300) as response:
-        choices = [frame["choices"][0] for frame in parse(response)]
-    text = "".join(choice["delta"].get("content", "") for choice in choices)
-    assert text == whole["choices"][0]["message"]["content"]
-    assert httpx.get(f"{url}/health").status_code == 200
-    assert httpx.post(url + CHAT, json={}).status_code == 400
 
 
 @pytest.mark.nightly

@@ -14,6 +14,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from recordings import recording
 from rich.console import Console
 
 import treeflash
@@ -364,10 +365,12 @@ def test_markdown_can_be_turned_off(talk, scripted):
     assert "**Bär**" in source
 
 
-def test_answers_have_random_seeds_unless_one_is_given(talk, monkeypatch):
-    monkeypatch.setattr(chat.secrets, "randbits", lambda bits: 77)
-    assert talk("hi", ENTER)[0].answer.config.sampling.seed == 77
-    assert talk("hi", ENTER, seed=5)[0].answer.config.sampling.seed == 5
+def test_answers_have_random_seeds_unless_one_is_given(talk):
+    def seeds(**options):
+        return {talk("hi", ENTER, **options)[0].answer.config.sampling.seed for _ in range(2)}
+
+    assert len(seeds()) == 2
+    assert seeds(seed=5) == {5}
 
 
 def test_only_new_messages_are_prefilled(talk, tiny_pair):
@@ -380,20 +383,19 @@ def test_only_new_messages_are_prefilled(talk, tiny_pair):
 def test_a_conversation_is_kept_on_a_disk(use, tiny_pair, tmp_path, stdin, monkeypatch):
     use(treeflash.load(tiny_pair[0], False, backend="reference"))
     monkeypatch.setattr(chat.sys.stdout, "isatty", lambda: True, raising=False)
-    sessions, close = [], ChatSession.close
-    monkeypatch.setattr(ChatSession, "close", lambda self: close(self) or sessions.append(self))
     arguments = ["--no-history", "--max-tokens", "3"]
     arguments += ["--prefix-cache-dir", str(tmp_path / "states")]
     main, terminal = os.openpty()
-    with os.fdopen(terminal) as stream:
+    with os.fdopen(terminal) as stream, recording(ChatSession, "close") as closed:
         stdin(stream)
         for _ in range(2):
             with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
                 pipe.send_text("x" * 300 + ENTER + END)
                 assert chat.main(arguments) == 0
     os.close(main)
-    assert [session.answer.chunks[0].step.disk_tokens for session in sessions] == [0, 256]
-    assert contents(sessions[0]) == contents(sessions[1])
+    (first,), (second,) = closed
+    assert [x.answer.chunks[0].step.disk_tokens for x in (first, second)] == [0, 256]
+    assert contents(first) == contents(second)
 
 
 def test_the_command_needs_a_terminal(capsys, stdin):
