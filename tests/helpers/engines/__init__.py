@@ -9,8 +9,10 @@
 - `set_chunks(backend, size)` lets prompts run in chunks of at most `size` tokens.
 - `quantised_parts(backend)` are the names of layers of the drafter and its head in few bits.
 - `save_with_images(family, model, folder)` saves a model of `image_models` as the engine reads it;
-  `image_samples(backend)` is what the check of images at load compares, and
-  `tower_nbytes(backend)` the size of a target's vision tower.
+  `image_samples(backend)` is what the check of images at load compares.
+- `tower_nbytes(backend)` is the size of a target's vision tower, and `head_norms_nbytes(backend)`
+  of the stored norms of heads that layers of our own keep beside their parameters, one of queries
+  and one of keys in each layer.
 """
 
 from __future__ import annotations

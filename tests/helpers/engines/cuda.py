@@ -4,6 +4,7 @@ import torch
 from families import cuda as families  # noqa: F401 - a part of the engine
 from transformers import AutoModelForCausalLM
 from treeflash_cuda import backend, images  # noqa: F401 - a part of the engine
+from treeflash_cuda.decoder.model import AttentionMixer
 from treeflash_cuda.linear import LowBitLinear
 from treeflash_cuda.target_loading import load_target
 from treeflash_cuda.training.data import FeatureStore
@@ -54,3 +55,8 @@ def image_samples(pair):
 
 def tower_nbytes(pair):
     return sum(x.nbytes for x in pair.target.tower.parameters)
+
+
+def head_norms_nbytes(pair):
+    mixers = [x for x in pair.target.model.modules() if isinstance(x, AttentionMixer)]
+    return sum(2 * x.head_norms[0].nbytes for x in mixers if x.head_norms is not None)
