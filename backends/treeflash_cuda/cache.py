@@ -304,7 +304,7 @@ class Arena:
         return bool(self.reserved_nbytes) and self.like is not None
 
     def resized(self, layers: int, dtype: torch.dtype | None) -> Arena:
-        """Create an empty arena for the same keys in `layers` layers; see `Arena.dtype`."""
+        """Create an empty arena for such keys in `layers` layers; see `Arena.dtype`."""
         if self.like is None:
             return Arena(layers, device=self.device)
         arena = Arena(layers, dtype=dtype, spans=self.spans, device=self.device)
@@ -312,7 +312,7 @@ class Arena:
         return arena
 
     def widened(self) -> Arena:
-        """Create an empty arena for the same keys and values in the format of exact mode."""
+        """Create an empty arena for such keys and values in the format of exact mode."""
         assert self.like is not None
         arena = Arena(self.layers, dtype=self.like.dtype, spans=self.spans, device=self.device)
         arena.head_dim, arena.key_order = self.like.shape[-1], self.key_order

@@ -194,11 +194,11 @@ class SlabDrafts:
 
     operations: Operations
     model: DrafterModel
-    rotation: Rotation  # (c + t * S, head_dim) of the new context, and then of the blocks
+    rotation: Rotation  # (c + t * S, head_dim), the new context's and then the blocks'
     window: int | None  # positions that a block sees besides the first few; None for all
     slab: Slab  # the slab of the drafter's KV caches
-    columns: Tensor  # (c + t * S,) of the new context, and then of the blocks
-    positions: Tensor  # (t * S,) int32 of the blocks
+    columns: Tensor  # (c + t * S,), the new context's and then the blocks'
+    positions: Tensor  # (t * S,) int32 positions of the blocks' slots
     start: Tensor  # (t * S,) int32 position of each slot's root
     pages: Tensor  # see `VisibleKeys`
     table: Tensor  # (t * S,) int32 of each slot's sequence; see `VisibleKeys`

@@ -174,7 +174,7 @@ def rotate_first(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 Layout: TypeAlias = tuple[tuple[int, bool], ...]
-"""By array, the size of its rows, and whether its numbers are float32."""
+"""The size of each array's rows, and whether its numbers are float32."""
 
 
 def join(arrays: list[Tensor]) -> tuple[Tensor, Layout]:
@@ -261,11 +261,11 @@ class Rotary(Float32Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        """Return the (..., n, head_dim) each, from (..., n) positions."""
+        """Return (..., n, head_dim) cosines and sines of (..., n) positions."""
         return self.turn(positions[..., None], dtype)
 
     def turn(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        """Return the same from the position of each frequency: (..., n, head_dim / 2)."""
+        """Return cosines and sines where each frequency has a position, (..., n, head_dim / 2)."""
         angles = positions.float() * self.inv_freq
         angles = torch.cat([angles, angles], -1)
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)

@@ -117,10 +117,10 @@ def bound_products(
 ) -> int:
     """Let the linear layers of a loaded model give a row equal bits, whatever rows are beside it.
 
-    Until `undo` ends, products of fewer than `least` rows are padded, others to `row_multiple`, and
-    products of more rows than have the same bits on this machine are split: than `passed` tells
-    of shapes that were checked before. Passes of one token have more rows anyway; the least is for
-    the output head of a longer pass.
+    Until `undo` ends, products of fewer than `least` rows are padded, others to a multiple of
+    `row_multiple`, and products of more rows than get equal bits on this machine are split. Shapes
+    that were checked before have their number of rows in `passed`. Passes of one token have more
+    rows anyway; the least is for the output head of a longer pass.
 
     Returns the most rows that no product splits. Raises an UnsupportedModelError if fewer than
     `LEAST_ROWS` rows have the same bits, or a module computes products in another way.
@@ -128,7 +128,7 @@ def bound_products(
     most: dict[tuple[tuple[int, int], str], int] = {}  # most rows by shape, and dtype or format
     for owner, name, shape in products_of(model):
         product = getattr(owner, name)
-        # Rows are independent there by construction, and are compared all the same.
+        # Few bits: rows are independent by construction, and are compared nevertheless.
         is_low = isinstance(owner, LowBitLinear)
         sizes = (1, 1) if is_low else (least, row_multiple(dtype))
         bounded, kind = _BoundedProduct(product, *sizes), owner.name if is_low else str(dtype)

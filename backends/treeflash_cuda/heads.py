@@ -40,7 +40,7 @@ from treeflash_cuda.numerics import (
 )
 
 MANY = 1 << 30
-"""In the place of a size without a limit."""
+"""Stands for no limit of a size."""
 
 
 class ScoredTokens(operations.ScoredTokens):
@@ -68,7 +68,7 @@ class ScoredTokens(operations.ScoredTokens):
 HEAD_CLASSES: Mapping[str, Callable[[DrafterConfig, int, int], Any]] = {
     name: as_module(x.module) for name, x in FORMATS.items()
 }
-"""By `DrafterConfig.head`; made with the configuration, I and the target's vocabulary size."""
+"""Modules by `DrafterConfig.head`, made of the configuration, I and the target's vocabulary."""
 MIN_ROWS, MIN_SHORTLIST = 64, 1024
 """Smaller tables share a graph: reading the head's weights takes most of their time."""
 

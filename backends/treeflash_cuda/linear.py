@@ -425,7 +425,7 @@ class PackedPairLinear(nn.Module):
 def join(
     weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the weight and the bias of one layer in place of some that read the same input."""
+    """Return the weight and the bias of one layer that takes the place of layers of one input."""
     bias = None
     if any(x is not None for x in biases):
         pairs = zip(weights, biases, strict=True)

@@ -65,7 +65,7 @@ def reserve_memory(
         target: what the memory is for.
         drafter: the drafter's arena; None without a drafter.
         passes: bytes of the target's GPU for passes, drafts, and their graphs.
-        share: of the memory that is left, for keys and values.
+        share: part of the memory that is left, for keys and values.
         memory_gb: GiB of each GPU that take the place of the share.
 
     Raises a MemoryShortError if so much memory is not left.

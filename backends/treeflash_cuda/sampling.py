@@ -32,7 +32,7 @@ from treeflash_cuda.numerics import (
 ROWS_AT_ONCE = 4
 """Rows computed together on a CPU: few enough to stay in its caches and in the allocator's pool."""
 NOT_FINITE_TOKEN = -1
-"""In the place of a token whose logit is not finite."""
+"""Stands for a token whose logit is not finite."""
 LEAST = float(np.finfo(np.float32).tiny)
 """Probabilities below this are as good as 0: no noise makes such a token the sampled one."""
 ARGMAX_BLOCK = 256
@@ -232,7 +232,7 @@ def _sample_group(
 def _read(
     tokens: Tensor, parts: Sequence[Tensor], sequences: Iterable[int]
 ) -> dict[int, NDArray[np.int32]]:
-    """Read the (rows,) tokens of some sequences, one of which may be `NOT_FINITE_TOKEN`."""
+    """Read the (rows,) tokens of some sequences; `NOT_FINITE_TOKEN` raises a NumericalError."""
     numbers = tokens.cpu().numpy().astype(np.int32)
     check_finite((numbers >= 0).all())
     return _split(numbers, parts, sequences)

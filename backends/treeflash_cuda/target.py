@@ -49,7 +49,7 @@ UNLIMITED = 1 << 20
 TREE_LAYERS = {"full_attention", "sliding_attention"}
 RECURRENT_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 STATELESS_LAYERS = {"mlp", "moe"}
-"""Of models in which feed-forward networks are separate layers."""
+"""Feed-forward networks, in models where they are layers of their own."""
 
 Rows: TypeAlias = tuple[State, DraftTree | Sequence[int]]
 """A sequence, and its tree or its next tokens."""
@@ -74,7 +74,7 @@ class RowsResult:
         """Return the result of one pass.
 
         Args:
-            logits: of all sequences.
+            logits: logits of all sequences.
             rows: the sequences, with their trees or next tokens.
             outputs: outputs of captured layers, by layer.
             firsts: index of each sequence's first row in the outputs.

@@ -46,13 +46,13 @@ CONVERSIONS = {
     ),
     "deepspec": Conversion(sources=(formats.SPECULATORS,), heads=formats.family_heads("DSpark")),
 }
-"""By the name of the format to convert to."""
+"""Conversions, by the name of the format to convert to."""
 CONVERTED_ARCHITECTURES = {
     "dflash": "DFlashDraftModel",
     "dflash2": "DFlash2DraftModel",
     "dspark": "DSparkDraftModel",
 }
-"""By type of speculators."""
+"""Names of architectures, by type of speculators."""
 
 
 def convert(folder: Path, output: Path, to: str, *, target: str | None = None) -> str | None:

@@ -47,7 +47,7 @@ HEADS: dict[str, HeadFormat] = {
     **selector.HEADS,
     **domino.HEADS,
 }
-"""By `DrafterConfig.head`."""
+"""Conditional heads, by `DrafterConfig.head`."""
 
 
 def family_heads(*families: str) -> tuple[str, ...]:
@@ -658,4 +658,4 @@ BLOCK_FORMATS = (
     TREEFLASH,
     DFLASH,
 )
-"""In the order in which a configuration is tried; a configuration of no other passes for DFlash."""
+"""All formats, in the order in which they are tried: what is no other one passes for DFlash."""

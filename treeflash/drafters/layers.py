@@ -27,8 +27,8 @@ NormBuilder: TypeAlias = Callable[[int, float], Module]
 WithContext: TypeAlias = Callable[[Array], Array]
 """Puts the rows of the context beside the rows of blocks."""
 Rotations: TypeAlias = tuple[Rotation | None, Rotation | None]
-"""Of the rows of blocks, and of what `WithContext` returns; None each if `Attend` norms and turns
-queries and keys."""
+"""Rotations of the rows of blocks, and of what `WithContext` returns; None each if `Attend` norms
+and turns queries and keys."""
 Convolve: TypeAlias = Callable[[Array], Array]
 
 

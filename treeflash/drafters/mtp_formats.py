@@ -625,4 +625,4 @@ MTP_FORMATS = (
     QWEN_MTP,
     GLM_MTP,
 )
-"""In the order in which a folder is tried."""
+"""All formats, in the order in which they are tried."""

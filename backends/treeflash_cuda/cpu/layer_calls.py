@@ -88,7 +88,7 @@ class CalledAttention(Protocol):
 
 
 class Records(NamedTuple):
-    """The calls of functions with the same arguments."""
+    """The calls of functions whose arguments have equal names and types."""
 
     values: NDArray[np.void]  # arguments; addresses in a pass's memory begin with a column's bytes
     # Bytes of a row before the part of a pass's memory that an argument is in, by argument.

@@ -60,7 +60,7 @@ SEQUENCE = ("keys", "values", "head_stride", "committed", "rows", "row_end", "un
 - head_stride: between the heads there, in numbers
 - committed, rows: columns before the pass, and rows of the pass, which follow them
 - row_end: rows of the pass up to and with this sequence
-- unit_end: the same in units of `attend`
+- unit_end: units of `attend` up to and with this sequence
 - mask: address of (rows, rows) bytes, 1 where a row sees a new column; 0: all
 """
 _ROWS: Fields = dict.fromkeys(("y", "weight", "normed"), POINTER)
@@ -172,7 +172,7 @@ def build(element: Element, cached: Element, kind: LayerKind, threads: bool) -> 
 
 
 def _run_calls(module: ir.Module) -> None:
-    """Write `RUN_CALLS`: it calls functions with records, of which it has `count` addresses each.
+    """Write `RUN_CALLS`: it calls `count` functions, each with a record.
 
     The addresses of a function and of its record follow each other.
     """

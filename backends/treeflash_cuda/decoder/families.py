@@ -265,4 +265,4 @@ FAMILIES = {
         optional_biases=_LLAMA_BIASES, windows="layer_types", rotated="no_rope_layers"
     ),
 }
-"""By model type."""
+"""The families, by model type."""

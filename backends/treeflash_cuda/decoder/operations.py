@@ -111,7 +111,7 @@ def constant(tensor: Tensor) -> nn.Parameter:
 
 
 def linear(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> nn.Module:
-    """Make one linear layer of the weights of some that read the same input, packed if possible."""
+    """Make one linear layer, packed if possible, of layers that read one input."""
     weight, bias = join(weights, biases)
     return (PackedLinear if can_pack(weight) else PlainLinear)(weight, bias)
 

@@ -35,7 +35,7 @@ JOINED = {QKV: "qkv_proj", NETWORK[:2]: "gate_up_proj"}
 DTYPES = dict(
     zip(FLOATS, (torch.bfloat16, torch.float16, torch.float32, torch.float64), strict=True)
 )
-"""By their names in files."""
+"""Types of numbers, by their names in files."""
 CPU = torch.device("cpu")
 Packed = TypeVar("Packed", bound=LowBitLinear)
 

@@ -1,7 +1,7 @@
 """A target whose layers are split between processes: tensor parallelism under `torchrun`.
 
 Rank 0 decodes: it alone has a drafter, a scheduler and a user. Before each forward pass of the
-target it broadcasts the pass, and the other ranks run the same one with their parts of the layers.
+target it broadcasts the pass, which the other ranks run with their parts of the layers.
 They keep the same committed positions, but sample nothing. They need to know what changes these
 positions no earlier than the next pass, whose message tells it: an iteration has one broadcast.
 
@@ -76,7 +76,7 @@ class Followers:
 
 
 followers = Followers()
-"""Of this process, if it is rank 0."""
+"""The followers of this process, if it is rank 0."""
 
 
 def reserve_everywhere(arena: Arena) -> None:

@@ -200,7 +200,7 @@ def is_whole(block: TokenBlock) -> bool:
 
 
 class MaskedContext:
-    """`Context` of one or several sequences, of which each has its mask.
+    """`Context` of one or several sequences, each with its mask.
 
     A single sequence has the mask that its layers pass on, which they may have changed. A tensor
     stands for the masks of several. Parts of prompts may have a kernel instead.

@@ -30,7 +30,7 @@ class ExactContext:
         self,
         blocks: Sequence[TokenBlock],  # the block of each sequence, in the order of their rows
         cache: ExactCache,  # the cache of the sequences
-        repeats: int = 1,  # equal rows of a lone token, of which the first one attends
+        repeats: int = 1,  # equal rows of a lone token; only the first one attends
     ) -> None:
         self.blocks, self.cache, self.repeats = blocks, cache, repeats
         self.positions = concatenate([block.positions for block in blocks]).repeat(repeats)

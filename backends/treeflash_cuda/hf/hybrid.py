@@ -10,11 +10,11 @@ There are two kinds of passes:
 - `HybridTreeCache`: trees of equally many nodes. Recurrent layers run all of them at once, on
   states in the slots of an arena, with shapes that a CUDA graph can have.
 
-The `forward` of a mixer finds its convolution and its recurrence under names of its module, which
-are the same in all models. Each mixer gets a copy of its `forward`, whose globals have the hooks of
-this module under those names: no module and no class is changed. For the next tokens of a sequence,
-and outside of such a pass, the hooks call the model's own functions, so that
-installed kernels serve prompts and plain decoding.
+The `forward` of a mixer finds its convolution and its recurrence under names that the modules of
+all models share. Each mixer gets a copy of its `forward`, whose globals have the hooks of this
+module under those names: no module and no class is changed. For the next tokens of a sequence, and
+outside of such a pass, the hooks call the model's own functions, so that installed kernels serve
+prompts and plain decoding.
 
 Why a copy. transformers has a registry of attention, but none of recurrences. Its hooks for kernels
 need a package and change a function for all models of the process, and a `forward` of our own for
@@ -323,7 +323,7 @@ def forward_with(
 ) -> tuple[Callable[..., Any], set[str]]:
     """Copy a module's `forward` that calls other functions, and the names of those that it finds.
 
-    `functions` replace the globals of the same names, which they get as their first argument.
+    Each of `functions` replaces the global with its name, which it gets as its first argument.
     """
     forward: Any = inspect.unwrap(type(module).forward)
     used = names_in_forward(module) & functions.keys() & forward.__globals__.keys()

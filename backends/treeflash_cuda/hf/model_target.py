@@ -299,7 +299,7 @@ def attention_implementation(config: Any) -> Any:
 
 
 def tree_attention(config: Any) -> Any:
-    """Return the names of attention that let the decoder of a model run trees, as above."""
+    """Return the names, as `attention_implementation` does, with which a decoder runs trees."""
     is_known = isinstance(image_family(config.model_type, "cuda"), ImageFamily)
     if not is_known or config.get_text_config() is config:
         return IMPLEMENTATION
@@ -383,7 +383,7 @@ class ModelTarget(Target):
         processor: Processor | str,  # see `images.find_processor`
         *,
         pack: bool,
-        processes: int = 1,  # processes of `torchrun`, each of which loads its part of every layer
+        processes: int = 1,  # processes of `torchrun`; each loads its part of every layer
     ) -> ModelTarget:
         """Load the model of a folder, and replace its attention.
 

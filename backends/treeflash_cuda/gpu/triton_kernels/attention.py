@@ -32,8 +32,8 @@ ROWS = 16
 """Rows of a product, the fewest that GPUs multiply at once. All products of both kernels have as
 many, because products of other shapes may add in another order."""
 TILE_NUMBERS, WIDE_TILE_NUMBERS = 8192, 2048
-"""Numbers of the keys of a tile, of which each pipeline stage holds one in shared memory; and
-without tensor cores, whose products need registers."""
+"""Numbers of the keys of a tile: each pipeline stage holds one in shared memory. Without tensor
+cores products need registers, so tiles are smaller."""
 MIN_TILE, MAX_TILE = 16, 64
 """Positions of a tile."""
 MAX_SMALL, MAX_NARROW = 64, 128
@@ -161,9 +161,9 @@ def _store_sums(
 @triton.jit
 def _attend_to_chunk(
     block,  # the first row, the first query, the query after the last one, chunk, and heads
-    inputs,  # pointers, as are the next two
-    ranges,
-    results,
+    inputs,  # pointers
+    ranges,  # pointers
+    results,  # pointers
     factors,  # strides, and what scores are computed with
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
