@@ -107,7 +107,7 @@ def pass_nbytes(target: Target) -> int:
     before = torch.cuda.memory_allocated(target.device)
     try:
         run_tree(target, MAX_ROWS)
-    except UnsupportedModelError:  # trees then run with masks; see `Verifier.forward`
+    except UnsupportedModelError:  # trees then run with masks
         return 0
     return torch.cuda.max_memory_allocated(target.device) - before
 

@@ -193,7 +193,7 @@ def own_layers(
 
 @torch.inference_mode()
 def run_tree(target: Any, nodes: int) -> None:
-    """Run a tree through a target that has a `RowPass`, without a graph; its state is dropped.
+    """Run a tree through a target in its pass over rows, without a graph; its state is dropped.
 
     Raises an UnsupportedModelError if a layer of a `ModelTarget` cannot run in such a pass.
     """
@@ -202,7 +202,7 @@ def run_tree(target: Any, nodes: int) -> None:
     state = State(arena, None, nodes, recurrent=target.new_recurrent_states())
     tokens = np.arange(nodes, dtype=np.int32) % target.vocab_size
     with target.graphs.paused():
-        target.row_pass.run([(state, DraftTree.chain(tokens, np.zeros(nodes)))], [True])
+        target.run_pass([(state, DraftTree.chain(tokens, np.zeros(nodes)))], [True])
 
 
 def choose_passes(target: Any) -> None:
@@ -221,7 +221,7 @@ def choose_passes(target: Any) -> None:
     except UnsupportedModelError as error:
         if target.is_exact:
             raise
-        target.passes.has_row_pass = False
+        target.has_row_pass = False
         warnings.warn(f"draft trees run without CUDA graphs: {error}", stacklevel=2)
 
 

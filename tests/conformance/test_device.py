@@ -102,7 +102,7 @@ def test_the_operation_computes_what_a_mask_does(tmp_path, family, monkeypatch):
         backend = load_cuda(tmp_path, None, LoadConfig(dtype="bfloat16"))
         assert backend.target.operations is not None
         if not with_operations:
-            monkeypatch.setattr(backend.target.passes, "has_row_pass", False)
+            monkeypatch.setattr(backend.target, "has_row_pass", False)
             monkeypatch.setattr(backend.target, "prompt_attention", None)
         found.append(logits_after(backend, [3, 4, 5] * 400))
     assert_near(*found)

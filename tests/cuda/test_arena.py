@@ -361,7 +361,7 @@ def test_tokens_do_not_depend_on_pages(tmp_path, monkeypatch, kind, in_rows):
 
     stand_in(monkeypatch, Slab, take=take_backwards)
     if not in_rows:
-        backend.target.passes.has_row_pass = False
+        backend.target.has_row_pass = False
     with recording(Slab, "copy") as copies:
         assert decoded(backend, method) == expected
     assert copies  # the beginnings end inside of pages

@@ -665,12 +665,12 @@ def test_what_does_not_fit_runs_without_static_shapes(folders, monkeypatch, modu
     backend = load_with_parts(monkeypatch, *folders[1], models=True)
     states = started(backend, [[3, 4, 5], [6]])
     trees = [(state, chain(*range(6))) for state in states]
-    assert backend.target.passes.has_row_pass == (name != "is_window")  # found out at load
+    assert backend.target.has_row_pass == (name != "is_window")  # found out at load
     if name == "is_window":  # a pass of another kind would give other bits
-        backend.target.is_exact = backend.target.passes.has_row_pass = True
+        backend.target.is_exact = backend.target.has_row_pass = True
         with pytest.raises(UnsupportedModelError, match="neither causal nor a sliding window"):
             backend.verifier.logits(trees)
-        backend.target.is_exact = backend.target.passes.has_row_pass = False
+        backend.target.is_exact = backend.target.has_row_pass = False
     together = backend.verifier.logits(trees).logits
     for (state, tree), logits in zip(trees, together, strict=True):
         np.testing.assert_allclose(

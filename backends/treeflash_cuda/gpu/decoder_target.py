@@ -7,7 +7,7 @@ them. Both are over the columns of a slab.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from treeflash_cuda.decoder.weights import Checkpoint
 from treeflash_cuda.exact import check_products, use_kernel_for_products
 from treeflash_cuda.gpu.graphs import MAX_ROWS
 from treeflash_cuda.gpu.kernels import CausalAttention
-from treeflash_cuda.gpu.row_pass import RowInputs, RowPass, path_room, plan_rows, rows_of, slab_of
+from treeflash_cuda.gpu.row_pass import RowInputs, RowTarget, path_room, plan_rows, rows_of, slab_of
 from treeflash_cuda.gpu.state_arena import StateArena
 from treeflash_cuda.gpu.tree_recurrences import TreeRecurrences
 from treeflash_cuda.numerics import concatenate, upload_all
@@ -173,7 +173,7 @@ def decoder_shapes(facts: DecoderFacts, *, quantised: bool) -> Shapes:
     )
 
 
-class GpuTarget(DecoderTarget):
+class GpuTarget(DecoderTarget, RowTarget):
     """A decoder on a GPU: a pass over rows, and one over long parts of prompts."""
 
     operations: Operations
@@ -195,7 +195,6 @@ class GpuTarget(DecoderTarget):
         self.arena.page = PAGE
         angles = torch.zeros(1, self.facts.head_dim, dtype=dtype, device=device)
         self.unrotated = angles.cos(), angles.sin()
-        self.row_pass = RowPass(self, self._run)
         if self.is_hybrid:
             self.state_arena = StateArena(self.first_states(), frozenset())
 
@@ -229,25 +228,9 @@ class GpuTarget(DecoderTarget):
         self.is_exact = True
 
     def most_rows(self, state: State, tokens: Sequence[int]) -> int | None:
-        is_limited = self.prompt_attention is None or self.row_pass.takes(state, tokens)
-        return MAX_ROWS if is_limited else None
+        return MAX_ROWS if self.prompt_attention is None else super().most_rows(state, tokens)
 
-    def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
-        by_slab: dict[Slab | None, list[int]] = {}  # long parts of prompts
-        others: list[int] = []
-        for i, (state, tokens) in enumerate(rows):
-            is_row = self.row_pass.takes(state, tokens)
-            (others if is_row else by_slab.setdefault(slab_of(state), [])).append(i)
-        found = []
-        for members in (others, *by_slab.values()):
-            run = self.row_pass.run if members is others else self._run_prompts
-            if members:
-                part = run([rows[i] for i in members], [needs_logits[i] for i in members])
-                found.append((members, part))
-        return RowsResult.joined(found)
-
-    def _run(self, rows: RowInputs) -> tuple[Tensor, dict[int, Tensor], Sequence[Tensor]]:
-        """Compute a pass of `RowPass`."""
+    def compute(self, rows: RowInputs) -> tuple[Tensor, dict[int, Tensor], Sequence[Tensor]]:
         assert rows.slab is not None
         shared = self.facts, self.operations, self.unrotated
         attention = TreeAttention(*shared, rows.slab, rows.slots, rows.keys)
@@ -261,7 +244,13 @@ class GpuTarget(DecoderTarget):
         written = () if recurrences is None else recurrences.outputs()
         return self.model.logits(hidden), outputs, written
 
-    def _run_prompts(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
+    def group_others(self, rows: Sequence[Rows], members: Sequence[int]) -> Iterable[list[int]]:
+        by_slab: dict[Slab | None, list[int]] = {}
+        for i in members:
+            by_slab.setdefault(slab_of(rows[i][0]), []).append(i)
+        return by_slab.values()
+
+    def run_others(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
         """Run next tokens of sequences in one slab, which attend by the kernel for prompts.
 
         Next tokens of targets with recurrent layers run here even without that kernel.

@@ -10,9 +10,9 @@ every tree is filled up to the size of the largest one, and next tokens run else
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,43 +51,56 @@ class RowInputs:
     recurrent: tuple[TreeNodes, Tensor] | None = None
 
 
-RowsFunction: TypeAlias = Callable[[RowInputs], tuple[Tensor, dict[int, Tensor], Sequence[Tensor]]]
-"""Computes a pass: logits of all rows, outputs of captured layers by index, `TreeWrites.outputs`.
+class RowTarget(Target):
+    """A target that runs rows of sequences in one pass, a function of tensors."""
 
-It depends on the inputs alone, and reads nothing back, so that a CUDA graph can replay it.
-"""
+    @abstractmethod
+    def compute(self, rows: RowInputs) -> tuple[Tensor, dict[int, Tensor], Sequence[Tensor]]:
+        """Compute the pass: logits of all rows, outputs of captured layers by index, and writes.
 
+        They are `TreeWrites.outputs`. The result depends on the inputs alone, and nothing is read
+        back, so that a CUDA graph can replay the computation.
+        """
 
-class RowPass:
-    """Runs a target over rows of sequences, as a function of tensors."""
+    @abstractmethod
+    def group_others(self, rows: Sequence[Rows], members: Sequence[int]) -> Iterable[list[int]]:
+        """Return the members, sequences that this pass does not take, in a group for each pass."""
 
-    def __init__(self, target: Target, compute: RowsFunction) -> None:
-        self.target, self.compute = target, compute
+    @abstractmethod
+    def run_others(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
+        """Run such a group; see `run_rows`."""
 
-    def takes(self, state: State, tokens: DraftTree | Sequence[int]) -> bool:
+    def in_row_pass(self, state: State, tokens: DraftTree | Sequence[int]) -> bool:
         """Return whether a tree or next tokens of a sequence are rows of this pass."""
-        operations = self.target.operations
-        if operations is None or not operations.runs_trees:
+        if self.operations is None or not self.operations.runs_trees:
             return False
         if isinstance(tokens, DraftTree):
             return True
-        if state.has_features(tokens) or self.target.state_arena is not None:
+        if state.has_features(tokens) or self.state_arena is not None:
             return False
-        return self.target.prompt_attention is None or len(tokens) <= MAX_CHUNK
+        return self.prompt_attention is None or len(tokens) <= MAX_CHUNK
 
-    def run(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
-        """Return the logits of all nodes of trees, and of last tokens where they are needed."""
-        passes = [
-            (group, self._run([rows[i] for i in group], [needs_logits[i] for i in group]))
-            for group in self._groups(rows)
+    def most_rows(self, state: State, tokens: Sequence[int]) -> int | None:
+        return MAX_ROWS if self.in_row_pass(state, tokens) else None
+
+    def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
+        taken: list[int] = []
+        others: list[int] = []
+        for i, row in enumerate(rows):
+            (taken if self.in_row_pass(*row) else others).append(i)
+        passes = [(self.run_pass, group) for group in self._groups(rows, taken)]
+        passes += [(self.run_others, group) for group in self.group_others(rows, others)]
+        found = [
+            (group, run([rows[i] for i in group], [needs_logits[i] for i in group]))
+            for run, group in passes
         ]
-        return RowsResult.joined(passes)
+        return RowsResult.joined(found)
 
-    def _groups(self, rows: Sequence[Rows]) -> Iterator[list[int]]:
-        """Yield the indices of sequences that share a pass: all are in one slab."""
+    def _groups(self, rows: Sequence[Rows], members: Sequence[int]) -> Iterator[list[int]]:
+        """Yield the members that share a pass: all are in one slab."""
         groups: dict[Slab | None, list[int]] = {}
-        for i, (state, _) in enumerate(rows):
-            slab = slab_of(state)
+        for i in members:
+            slab = slab_of(rows[i][0])
             group = groups.setdefault(slab, [])
             if group and self._count([rows[j] for j in (*group, i)]) > MAX_ROWS:
                 yield group
@@ -98,13 +111,15 @@ class RowPass:
     def _count(self, rows: Sequence[Rows]) -> int:
         """Return the rows of a pass, before they are rounded up to one of `GRAPH_ROWS`."""
         sizes = [len(tokens) for _, tokens in rows]
-        if self.target.state_arena is None:
+        if self.state_arena is None:
             return sum(sizes)
         return power_of_two(len(sizes)) * power_of_two(max(sizes))
 
-    def _run(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
-        target, arena = self.target, self.target.state_arena
-        graphs, count = target.graphs, self._count(rows)
+    def run_pass(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
+        """Run sequences of one slab: logits of all nodes, and of last tokens where needed."""
+        arena, operations = self.state_arena, self.operations
+        assert operations is not None
+        graphs, count = self.graphs, self._count(rows)
         captured = graphs.is_capturing and count <= MAX_ROWS
         sizes = np.array([len(tokens) for _, tokens in rows])
         tables, slots = zip(*(rows_of(*row) for row in rows), strict=True)
@@ -114,9 +129,7 @@ class RowPass:
         else:
             trees = (power_of_two(trees[0]), power_of_two(trees[1])) if captured else trees
             order, stride = _rectangle(sizes, *trees), trees[1]
-        operations = target.operations
-        assert operations is not None
-        plan = plan_rows(rows, tables, target.groups, stride)
+        plan = plan_rows(rows, tables, self.groups, stride)
         ids = [x.tokens if isinstance(x, DraftTree) else x for _, x in rows]
         placed = plan.arranged(order, path_room(plan, len(order)))
         rotary = np.concatenate([state.rotary_positions(x) for state, x in rows])
@@ -133,7 +146,7 @@ class RowPass:
             addresses = arena.slots  # a graph belongs to the tensors of an arena of this size
         shapes = tuple(array.shape for array in arrays)
         forward = functools.partial(self._forward, slab, shapes)
-        uploaded = upload(pack(arrays), target.device)
+        uploaded = upload(pack(arrays), self.device)
         results = graphs.run(
             PASS_NAME, (slab, shapes, addresses), forward, uploaded, capture=captured
         )
@@ -169,7 +182,7 @@ class RowPass:
         """
         ids, rotary, slots, *plan = unpack(inputs, shapes)
         recurrent = None
-        if self.target.state_arena is not None:
+        if self.state_arena is not None:
             *plan, ancestors, visits, counts, states = plan
             recurrent = TreeNodes.of(ancestors, visits, counts), states
         keys = VisibleKeys.of_rows(*plan)

@@ -35,7 +35,6 @@ from treeflash.decoding.families import ImageFamily, image_family, refusal
 from treeflash.decoding.image_processor import TOKEN_TYPES, Processor
 from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.probe import INEXACT, TOLERANCE_FACTOR, TOLERANCES, ImageSample
-from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.adapter import SHARED_WEIGHT, merge_adapter
 from treeflash.drafters.folder import weight_files
 from treeflash.errors import (
@@ -59,37 +58,29 @@ from treeflash_cuda.exact import (
     use_kernel_for_products,
 )
 from treeflash_cuda.exact_attention import check_attention
-from treeflash_cuda.gpu.graphs import MAX_ROWS
 from treeflash_cuda.gpu.state_arena import StateArena
 from treeflash_cuda.hf.attention_contexts import (
     IMPLEMENTATION,
     MASK,
     AttentionInputs,
-    Context,
     MaskedContext,
     attention_context,
     capture_output,
     is_attending,
 )
-from treeflash_cuda.hf.exact_contexts import ExactCache, ExactContext
 from treeflash_cuda.hf.hybrid import (
     MAMBA_2,
     HybridCache,
-    RecurrentCache,
     hook_recurrent_layers,
 )
 from treeflash_cuda.hf.low_bit_models import LowBitConfig
-from treeflash_cuda.hf.model_caches import TreeCache
 from treeflash_cuda.hf.model_pass import ModelPasses
-from treeflash_cuda.images import ImageRows, VisionTower, has_tower, run_samples
+from treeflash_cuda.images import VisionTower, has_tower, run_samples
 from treeflash_cuda.linear import LowBitEmbedding, LowBitLinear, is_subclass, pack_linears, rounding
-from treeflash_cuda.recurrent_states import RecurrentStates, SequenceRows
+from treeflash_cuda.recurrent_states import RecurrentStates
 from treeflash_cuda.state import State
 from treeflash_cuda.target import (
     RECURRENT_LAYERS,
-    Rows,
-    RowsResult,
-    Target,
     refuse_stateful,
 )
 
@@ -308,10 +299,8 @@ def tree_attention(config: Any) -> Any:
     return {**own, "": IMPLEMENTATION, **decoder}
 
 
-class ModelTarget(Target):
+class ModelTarget(ModelPasses):
     """A model of transformers, whose attention is replaced."""
-
-    model: PreTrainedModel
 
     def __init__(
         self,
@@ -361,15 +350,10 @@ class ModelTarget(Target):
         ):
             weight = None
         self.lm_head_weight = weight
-        # Whether layers attend to keys and values as they store them. If not, each sequence has a
-        # pass of its own, which takes them from the layers.
-        self.reads_cache = True
         self.hooks = ExitStack()  # closing it removes the hooks of `capture`
         parameters = inspect.signature(type(model).forward).parameters
         self.cache_argument = next((x for x in CACHES if x in parameters), "past_key_values")
         self.type_arguments = [name for name in TOKEN_TYPES if name in parameters]
-        self.passes = ModelPasses(self)
-        self.row_pass = self.passes.row_pass
         self._replace_attention(pack, kv_bits)
 
     @classmethod
@@ -569,80 +553,8 @@ class ModelTarget(Target):
             output = decoder(input_ids=tokens, position_ids=positions, use_cache=False)
         return output.last_hidden_state, outputs
 
-    def context(
-        self, blocks: Sequence[TokenBlock], cache: TreeCache, images: ImageRows | None = None
-    ) -> MaskedContext | ExactContext:
-        """Return the context of new tokens of one or several sequences, and of their cache."""
-        if isinstance(cache, ExactCache):
-            is_lone = len(blocks) == len(blocks[0]) == 1
-            return ExactContext(blocks, cache, self.token_rows if is_lone else 1)
-        # Tokens of an image that see each other need a mask.
-        needs_mask = images is not None and images.types is not None
-        return MaskedContext(blocks, cache, None if needs_mask else self.prompt_attention)
-
     def new_recurrent_states(self) -> RecurrentStates | None:
         return RecurrentStates(self.transposed_layers) if self.is_hybrid else None
-
-    def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
-        return self.passes.run(rows, needs_logits)
-
-    def most_rows(self, state: State, tokens: Sequence[int]) -> int | None:
-        return MAX_ROWS if self.passes.in_row_pass(state, tokens) else None
-
-    def new_cache(
-        self, rows: Sequence[tuple[State, Any]], ancestors: Sequence[Tensor | None]
-    ) -> TreeCache:
-        """Create the cache of a forward pass over trees, which have ancestors, and next tokens."""
-        kv_caches = [state.kv_cache for state, _ in rows]
-        if not self.is_hybrid:
-            cache = ExactCache if self.is_exact and self.operations is None else TreeCache
-            return cache(kv_caches, [len(tokens) for _, tokens in rows])
-        parts, first = [], 0
-        for (state, tokens), mask in zip(rows, ancestors, strict=True):
-            assert state.recurrent is not None
-            tree = tokens if isinstance(tokens, DraftTree) else None
-            parts.append(SequenceRows(state.recurrent, first, len(tokens), tree, mask))
-            first += len(tokens)
-        return HybridCache(kv_caches, parts, self.attention_slots, self.device)
-
-    def forward(
-        self,
-        token_ids: Tensor,
-        context: Context,
-        cache: TreeCache,
-        *,
-        logits_to_keep: int | Tensor,
-        rotary: Tensor | None = None,
-        images: ImageRows | None = None,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run (n,) tokens after the committed positions; the cache then holds them, uncommitted.
-
-        The rotary positions are (n,), or (3, n) of three axes; None stands for the positions of the
-        context. `images` are of a single sequence, whose tokens stand for features.
-
-        Returns logits of the last `logits_to_keep` rows, of all for 0, or of those with these
-        indices; and (n, hidden_size) outputs of the captured layers, by index.
-        """
-        rows = len(token_ids)
-        if isinstance(context, ExactContext) and (times := context.repeats) > 1:
-            token_ids = token_ids.repeat(times)
-            rotary = None if rotary is None else rotary.repeat_interleave(times, -1)
-            images = None if images is None else images.repeat(times)
-        positions = context.positions if rotary is None else rotary
-        inputs: dict[str, Any] = {self.cache_argument: cache}
-        if images is not None:
-            inputs["mm_encoder_outputs"] = {"image": images.features.output()}
-            inputs |= dict.fromkeys(self.type_arguments, images.types)
-        running = cache.running() if isinstance(cache, RecurrentCache) else nullcontext()
-        with attention_context(context) as outputs, running:
-            output = self.model(
-                input_ids=token_ids[None],
-                position_ids=positions.unsqueeze(-2),
-                use_cache=True,
-                logits_to_keep=logits_to_keep,
-                **inputs,
-            )
-        return output.logits[0, :rows], {i: x[0].to(self.device) for i, x in outputs.items()}
 
 
 def _capture_output(layer_id: int, _: nn.Module, __: Any, output: Any) -> None:
