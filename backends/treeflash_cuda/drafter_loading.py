@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.backend_base import UNQUANTISED_BITS
@@ -19,7 +20,7 @@ from treeflash.drafters.loading import read_layout
 from treeflash.drafters.mtp_heads import refuse_missing_targets, refuse_window
 from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.drafter import OutputStage
-from treeflash_cuda.drafter_model import DrafterModel, OnDevice, OwnVocabulary
+from treeflash_cuda.drafter_model import DrafterModel, OnDevice, filled, load_model
 from treeflash_cuda.heads import HEAD_CLASSES, TABLE_HEADS, TableHead
 from treeflash_cuda.linear import NATIVE, LowBitLinear, pack_linears, quantising, rounding
 from treeflash_cuda.mtp_head import MtpHead, MtpModel
@@ -31,7 +32,6 @@ CPU_DRAFT_BITS = 8
 """Bits of a drafter's weights beside a target with weights of few bits on a CPU."""
 Model: TypeAlias = DrafterModel | MtpModel
 Head: TypeAlias = TableHead | MtpHead
-M = TypeVar("M", bound=nn.Module)
 
 
 def load_drafter(folder: Path, target: Target, config: LoadConfig) -> tuple[Model, Head | None]:
@@ -60,31 +60,16 @@ def read_drafter(folder: Path, target: Target) -> tuple[Model, Head | None]:
     )
     refuse_missing_targets(layout.config, "cuda")
     tensors = layout.read(read_tensors, dequantise, torch.stack)
-    config, own = tensors.config, OwnVocabulary.from_tensors(tensors.vocabulary, target)
-    weights = {
-        # Adding the offset in float32 rounds nothing.
-        name: x.float() + config.norm_offset if "norm." in name else x
-        for name, x in tensors.backbone.items()
-    }
-    model: Model
+    config = tensors.config
     if layout.format.kind == "rows":
-        model = filled(lambda: MtpModel(config, own), weights, target)
-        head = None if config.has_marginals else MtpHead(model, OutputStage(model, target))
-        return model, head
-    model = filled(lambda: DrafterModel(config, own), weights, target)
+        rows = load_model(MtpModel, tensors, target)
+        return rows, None if config.has_marginals else MtpHead(rows, OutputStage(rows, target))
+    model = load_model(DrafterModel, tensors, target)
     if config.head is None:
         return model, None
-    sizes = config, tensors.head_size, target.vocab_size
-    module: Any = filled(lambda: HEAD_CLASSES[config.head](*sizes), tensors.head, target)
+    make = partial(HEAD_CLASSES[config.head], config, tensors.head_size, target.vocab_size)
+    module: Any = filled(make, tensors.head, target)
     return model, TABLE_HEADS[module.kind](module, OutputStage(model, target))
-
-
-def filled(make: Callable[[], M], weights: Mapping[str, Tensor], target: Target) -> M:
-    """Make a module for inference, on the target's device and in its dtype."""
-    with torch.device("meta"):  # no memory for weights that are replaced
-        module = make()
-    module.load_state_dict(weights, assign=True)
-    return module.to(target.device, target.dtype).eval()
 
 
 def read_tensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ A block drafter is DFlash's (arXiv 2602.06036) or of a format that followed it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from treeflash.drafters.config import DrafterConfig, DrafterShape
 from treeflash.drafters.heads.operations import Operations as ArrayOperations
 from treeflash.drafters.layers import BlockModel, by_head
+from treeflash.drafters.loading import DrafterTensors
 from treeflash_cuda.experts import routed
 from treeflash_cuda.linear import LowBitLinear, PairLinear, take
 from treeflash_cuda.numerics import largest, top_log_probs
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines, (..., n, head_dim) each, or of the channels that are rotated."""
+M = TypeVar("M", bound=nn.Module)
 
 
 class OnDevice(nn.Module):
@@ -316,3 +318,26 @@ class DrafterModel(BlockModel, nn.Module):
         super().__init__(config)
         self.own = own or OwnVocabulary()
         self.rotary = Rotary(config)
+
+
+def load_model(
+    kind: Callable[[Any, OwnVocabulary], M],  # the class of the model
+    tensors: DrafterTensors[Tensor],
+    target: Target,
+) -> M:
+    """Make the model of a drafter's tensors for inference; see `filled`."""
+    own = OwnVocabulary.from_tensors(tensors.vocabulary, target)
+    weights = {
+        # Adding the offset in float32 rounds nothing.
+        name: x.float() + tensors.config.norm_offset if "norm." in name else x
+        for name, x in tensors.backbone.items()
+    }
+    return filled(lambda: kind(tensors.config, own), weights, target)
+
+
+def filled(make: Callable[[], M], weights: Mapping[str, Tensor], target: Target) -> M:
+    """Make a module for inference, on the target's device and in its dtype."""
+    with torch.device("meta"):  # no memory for weights that are replaced
+        module = make()
+    module.load_state_dict(weights, assign=True)
+    return module.to(target.device, target.dtype).eval()
