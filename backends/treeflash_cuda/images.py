@@ -167,8 +167,8 @@ class GivenFeatures(VisionTower):
         """Return the images of prompts; None for those that have none.
 
         Args:
-            prompts: the ids of each.
-            output: of the tower, for the images of all prompts in order.
+            prompts: the token ids of each prompt.
+            output: the tower's, for the images of all prompts in order.
             positions: (3, n) rotary positions of each prompt; None if they are its columns.
 
         Raises:
@@ -251,7 +251,7 @@ def find_processor(
     """Read the processor of images of a target; or return why it takes none, as a clause.
 
     Args:
-        folder: the target's.
+        folder: the target's folder.
         config: the target's configuration.
         settings: what is loaded, and how.
         split: whether other processes have parts of its layers.

@@ -137,8 +137,6 @@ class Logits:
     @classmethod
     def of_passes(cls, passes: Sequence[tuple[Sequence[int], Logits]]) -> Logits:
         """Order the logits of passes by the indices of their sequences, which cover all."""
-        if len(passes) == 1:
-            return passes[0][1]
         found = [part for x, y in passes for part in zip(x, y.parts, y.best, strict=True)]
         _, parts, best = zip(*sorted(found, key=lambda part: part[0]), strict=True)
         return cls(list(parts), list(best))

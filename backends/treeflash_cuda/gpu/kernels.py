@@ -93,9 +93,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale:
 def attention_difference(
     attend: CausalAttention, device: torch.device, dtype: torch.dtype, shapes: Shapes
 ) -> float:
-    """Return the root mean square error of attention to random numbers, in standard deviations.
+    """Return the largest root mean square error of attention to random numbers, for some windows.
 
-    Of several windows the largest one.
+    It is in standard deviations.
     """
     numbers, columns, rows, size = RandomInputs(device, dtype), 600, 40, shapes.head_dim
     k, v = numbers.draw(2, shapes.kv_heads, columns, size).transpose(1, 2)  # strided as in a cache
