@@ -99,31 +99,28 @@ def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | No
     Then a copy of its output head is rounded, too, unless it is a target's with few bits. Logits of
     some tokens alone, as of a shortlist, are computed from the original output head.
     """
+    for part in model.modules():
+        if isinstance(part, OnDevice):
+            part.operations = model.operations
     modules: set[Any] = {model, getattr(head, "module", model)}
-    packing, on_cpu = NATIVE, target.device.type == "cpu"
+    packings, on_cpu = [NATIVE], target.device.type == "cpu"
     if bits is not None:
         product = (model.operations or PYTORCH).quantised_linear
-        packing = rounding(bits) if on_cpu else quantising(bits, product)
+        rounded = rounding(bits) if on_cpu else quantising(bits, product)
+        packings.insert(0, rounded)
         weight: Any = model.own.lm_head
         bias = None
         if weight is None:
             weight, bias = target.lm_head_weight, getattr(target.lm_head, "bias", None)
-        if isinstance(weight, Tensor) and packing.fits(weight):
-            model.own.quantised_lm_head = packing.pack(weight, bias)
+        if isinstance(weight, Tensor) and rounded.fits(weight):
+            model.own.quantised_lm_head = rounded.pack(weight, bias)
     for module in modules:
-        pack_linears(module, packing)
-        pack_linears(module)  # layers that cannot be rounded
+        pack_linears(module, packings)
     if on_cpu and find_spec("llvmlite") is not None:
-        from treeflash_cuda.cpu.drafter_calls import BlockCalls, compile_norms
+        from treeflash_cuda.cpu.drafter_calls import compile_drafter
 
-        if isinstance(target, CpuTarget) and target.kernels is not None:
-            for module in modules:
-                compile_norms(module, target.kernels, target.dtype)
-        if isinstance(model, DrafterModel):
-            model.calls = BlockCalls.of(model, target.dtype)
-    for part in model.modules():
-        if isinstance(part, OnDevice):
-            part.operations = model.operations
+        kernels = target.kernels if isinstance(target, CpuTarget) else None
+        compile_drafter(modules, kernels, target.dtype)
 
 
 def load_drafter_operations(

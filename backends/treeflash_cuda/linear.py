@@ -433,15 +433,26 @@ def join(
     return concatenate(weights), bias
 
 
-def pack_linears(module: nn.Module, packing: Packing = NATIVE) -> None:
-    """Pack the linear layers inside a module that fit, which is then for inference only."""
-    pack, fits = packing
+def pack_linears(module: nn.Module, packings: Sequence[Packing] = (NATIVE,)) -> None:
+    """Pack the linear layers inside a module, which is then for inference only.
+
+    Each is stored in the first of the packings that fits; without one it stays as it is.
+    """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and fits(child.weight):
-                setattr(parent, name, pack(child.weight, child.bias))
-            elif type(child) is PairLinear and fits(child.weight.chunk(2, 1)[0]):
-                setattr(parent, name, PackedPairLinear(child, packing))
+            if type(child) is PairLinear:
+                weight = child.weight.chunk(2, 1)[0]
+            elif type(child) is nn.Linear:
+                weight = child.weight
+            else:
+                continue
+            if (packing := next((x for x in packings if x.fits(weight)), None)) is not None:
+                packed = (
+                    PackedPairLinear(child, packing)
+                    if isinstance(child, PairLinear)
+                    else packing.pack(child.weight, child.bias)
+                )
+                setattr(parent, name, packed)
 
 
 def is_subclass(weight: Tensor) -> bool:

@@ -7,7 +7,7 @@ modules' but for rounding, because rotations and attention add in another order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -141,6 +141,19 @@ def _called(config: DrafterConfig, layer: Any, kind: LayerKind) -> CalledLayer |
         rope=ROPE,
         seen=kind,
     )
+
+
+def compile_drafter(
+    modules: Collection[nn.Module],  # the model, whose linear layers are packed, and its head
+    kernels: LayerKernels | None,  # the target's compiled functions
+    dtype: torch.dtype,
+) -> None:
+    """Let compiled functions run a drafter's norms, and the layers of a block drafter."""
+    for module in modules:
+        if kernels is not None:
+            compile_norms(module, kernels, dtype)
+        if isinstance(module, DrafterModel):
+            module.calls = BlockCalls.of(module, dtype)
 
 
 def compile_norms(module: nn.Module, kernels: LayerKernels, dtype: torch.dtype) -> None:

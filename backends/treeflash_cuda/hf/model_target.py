@@ -393,7 +393,7 @@ class ModelTarget(ModelPasses):
         if settings.adapter:
             add_adapter(model, Path(settings.adapter))
         if settings.bits not in (None, UNPACKED_BITS):
-            pack_linears(model, rounding(settings.bits))
+            pack_linears(model, [rounding(settings.bits)])
         samples: Sequence[ImageSample] = ()
         if isinstance(processor, Processor):
             try:
