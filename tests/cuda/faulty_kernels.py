@@ -1,8 +1,10 @@
-"""Copies of modules of kernels with a fault planted in their text."""
+"""Faults that are planted in the text of a module or of a function."""
 
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
+from textwrap import dedent
 from unittest.mock import patch
 
 from treeflash_cuda.gpu.triton_kernels import attention
@@ -21,3 +23,13 @@ def faulty(module, tmp_path, right, wrong):
     if module is attention:
         found.PROGRAMS = attention.PROGRAMS  # few of them: see `triton_interpreter`
     return found
+
+
+def plant(monkeypatch, owner, name, right, wrong):
+    """Put another expression into a function, for all that have imported it."""
+    function, made = getattr(owner, name), {}
+    source = inspect.getsource(function)
+    assert right in source
+    text = "from __future__ import annotations\n" + dedent(source.replace(right, wrong))
+    exec(text, function.__globals__, made)
+    monkeypatch.setattr(function, "__code__", made[name].__code__)

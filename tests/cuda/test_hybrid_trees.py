@@ -1,7 +1,5 @@
 """Trees of hybrid targets as functions of tensors, and faults that the check at load refuses."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from parts import use_models
@@ -23,17 +21,19 @@ require("torch")
 import torch
 from families import PREFIX, TOLERANCE
 from families import cuda as families
+from faulty_kernels import plant
 from parts import load_with_parts
 from replayed_graphs import ReplayedGraphs, fix_addresses
 from treeflash_cuda import recurrence, recurrent_states, target_loading
 from treeflash_cuda.backend import CudaBackend, load
-from treeflash_cuda.cpu import decoder_target
+from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.gpu.state_arena import MIN_SLOTS, WrittenTree
 from treeflash_cuda.hf import hybrid, model_target
-from treeflash_cuda.hf.hybrid import MATRIX, HybridCache, RecurrentCache
+from treeflash_cuda.hf.hybrid import HybridCache, RecurrentCache
+from treeflash_cuda.hf.model_pass import ModelPasses
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrence import TreeNodes, delta_rule
-from treeflash_cuda.recurrent_states import SequenceRows, Writes
+from treeflash_cuda.recurrent_states import Writes
 from treeflash_cuda.target_loading import load_target
 
 from treeflash.decoding.backend_base import project_contexts
@@ -165,11 +165,8 @@ def test_gates_of_single_channels_without_the_depths():
 
 
 DELTA, MAMBA = HYBRID_FAMILIES
-commit = Writes.commit
+convolve = hybrid.HOOKS["causal_conv1d_fn"]
 update_conv_state = RecurrentCache.update_conv_state
-decays = recurrence._decays
-linear_rule = recurrence.linear_rule
-products = recurrence._products
 
 
 @pytest.fixture(scope="module")
@@ -184,96 +181,55 @@ def pairs(tmp_path_factory):
     return made
 
 
-def windows_by_column(parents, kernel):
-    return np.arange(len(parents))[:, None] + np.arange(kernel)
-
-
-def causal_mask(log_g, ancestors):
-    return decays(log_g, torch.ones_like(ancestors).tril())
-
-
-def own_decay_left_out(log_g, ancestors):
-    pairs, _ = decays(log_g, ancestors)
-    _, total = decays(log_g, ancestors & ~torch.eye(ancestors.shape[-1], dtype=torch.bool))
-    return pairs, total
-
-
-def keys_not_normalised(x, k, pairs):
-    return products(x, 2 * k, pairs)
-
-
-def queries_scaled(q, *args):
-    return linear_rule(2 * q, *args)
-
-
-def no_solve(system, right, **_):
-    """What nodes write is not corrected by what their ancestors write."""
-    return right
-
-
-def commit_without_decay(writes, path):
-    return commit(replace(writes, log_g=torch.zeros_like(writes.log_g)), path)
-
-
-def commit_with_own_decay(writes, path):
-    return commit(replace(writes, k=writes.k * torch.exp(writes.log_g)), path)
-
-
-def state_of_the_whole_block(writes, path):
-    return commit(writes, torch.arange(writes.u.shape[2]))
-
-
-def tail_of_the_last_columns(inputs, path, width):
-    return inputs[:, :, -width:].clone()
-
-
-def chains_run_as_text(states, first, count, tree, ancestors):
-    is_text = tree is not None and tree.is_chain and count > 1
-    return SequenceRows(states, first, count, None if is_text else tree, ancestors)
-
-
-def single_step_in_place(cache, layer_idx, state_idx=0):
-    states = cache.parts[0].states
-    return states.committed.get((MATRIX, layer_idx, state_idx)) if cache.is_step else None
-
-
-PLACES = {
-    windows_by_column: (recurrent_states, "convolution_windows"),
-    causal_mask: (recurrence, "_decays"),
-    own_decay_left_out: (recurrence, "_decays"),
-    keys_not_normalised: (recurrence, "_products"),
-    queries_scaled: (recurrence, "linear_rule"),
-    no_solve: (torch.linalg, "solve_triangular"),
-    commit_without_decay: (Writes, "commit"),
-    commit_with_own_decay: (Writes, "commit"),
-    state_of_the_whole_block: (Writes, "commit"),
-    tail_of_the_last_columns: (recurrent_states, "_tail"),
-    chains_run_as_text: (None, "SequenceRows"),
-    single_step_in_place: (HybridCache, "get_recurrent_state"),
-}
-OF_DELTA, OF_MAMBA = {keys_not_normalised, no_solve}, {queries_scaled, single_step_in_place}
-FAULTS = [
-    *((fault, DELTA) for fault in PLACES if fault not in OF_MAMBA),
-    *((fault, MAMBA) for fault in PLACES if fault in OF_MAMBA),
-    *(
-        pytest.param(fault, MAMBA, marks=pytest.mark.nightly)
-        for fault in PLACES
-        if fault not in OF_DELTA | OF_MAMBA
+TREE_OF_CHAINS = "None if tree is not None and tree.is_chain and len(tree) > 1 else tree"
+COMMIT = Writes, "commit", "state_update(u, k, log_g)"
+FAULTS = {
+    "windows by column": (
+        *(recurrent_states, "plan_windows", "convolution_windows(tree.parents, kernel)"),
+        "np.arange(len(tree.parents))[:, None] + np.arange(kernel)",
     ),
-]
-
-
-def names(value):
-    return value if isinstance(value, str) else value.__name__
+    "a causal mask": (
+        *(recurrence, "_decays", "total = ancestors"),
+        "ancestors = torch.ones_like(ancestors).tril()\n    total = ancestors",
+    ),
+    "no decay of a node's own": (recurrence, "_decays", ".exp(), total", ".exp(), total - log_g"),
+    "a commit without decays": (*COMMIT, "state_update(u, k, 0 * log_g)"),
+    "a commit with decays of its own": (*COMMIT, "state_update(u, k * log_g.exp(), log_g)"),
+    "a commit of the whole block": (Writes, "commit", "index_select(2, path)", "clone()"),
+    "a tail of the last columns": (
+        *(recurrent_states, "_tail", "inputs.index_select(2, rows[len(path) :])"),
+        "inputs[:, :, -width:].clone()",
+    ),
+}
+OF_DELTA = {
+    "keys that are not normalised": (recurrence, "_products", "(x @ k.", "(2 * x @ k."),
+    "values that are not corrected": (
+        *(recurrence, "delta_rule", "solve_triangular(system, right,"),
+        "solve_triangular(0 * system, right,",
+    ),
+    "chains that run as text": (CpuTarget, "run_rows", "n, tree,", f"n, {TREE_OF_CHAINS},"),
+}
+OF_MAMBA = {
+    "a state that counts twice": (recurrence, "linear_rule", "* q)", "* 2 * q)"),
+    "a step in place": (HybridCache, "get_recurrent_state", "state = state.clone()", "state"),
+}
+CHAINS_AS_TEXT = ModelPasses, "new_cache", "tree, mask)", f"{TREE_OF_CHAINS}, mask)"
 
 
 @pytest.mark.sample(None)
-@pytest.mark.parametrize(("fault", "family"), FAULTS, ids=names)
-def test_a_fault_is_refused_at_load(pairs, monkeypatch, fault, family):
-    owner, name = PLACES[fault]
-    if owner is None:  # where passes of layers of our own begin, or of transformers' models
-        owner = decoder_target if family == DELTA else model_target
-    monkeypatch.setattr(owner, name, fault)
+@pytest.mark.parametrize(
+    ("family", "fault"),
+    [
+        *(pytest.param(DELTA, fault, id=name) for name, fault in (FAULTS | OF_DELTA).items()),
+        *(pytest.param(MAMBA, fault, id=name) for name, fault in OF_MAMBA.items()),
+        *(
+            pytest.param(MAMBA, fault, id=f"{name}, {MAMBA}", marks=pytest.mark.nightly)
+            for name, fault in (FAULTS | {"chains that run as text": CHAINS_AS_TEXT}).items()
+        ),
+    ],
+)
+def test_a_fault_is_refused_at_load(pairs, monkeypatch, family, fault):
+    plant(monkeypatch, *fault)
     with pytest.raises(UnsupportedModelError, match="speculative output would differ"):
         load(*pairs[family], CPU)
 
@@ -288,7 +244,7 @@ def without(*names):
 
 
 def convolve_a_copy(layer, original, inputs, *args, **kwargs):
-    return hybrid._convolution(layer, original, inputs.clone(), *args, **kwargs)
+    return convolve(layer, original, inputs.clone(), *args, **kwargs)
 
 
 def kernel_of_unknown_size(cache, conv_states, layer_idx, **_):
