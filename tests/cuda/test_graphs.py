@@ -29,8 +29,8 @@ from treeflash.decoding.sampling import Noise, SamplingParams
 from treeflash.decoding.tree import DraftTree
 from treeflash.errors import UnsupportedModelError
 from treeflash.testing import require
-from treeflash.testing.comparisons import random_tokens, random_tree, steps_of
-from treeflash.testing.models import write_dialect, write_drafter, write_target
+from treeflash.testing.comparisons import assert_equal_tables, random_tokens, random_tree, steps_of
+from treeflash.testing.models import write_dialect, write_pair, write_target
 from treeflash.testing.trees import noise_of_depths
 
 require("torch")
@@ -66,15 +66,10 @@ class FailingGraphs(ReplayedGraphs):
         super().__init__()
         self.errors = {}
 
-    def _record(self, function, places, **_):
+    def record(self, function, places, **_):
         if (error := self.errors.get(len(places[0]))) is not None:
             raise error
-        return super()._record(function, places)
-
-    def double(self, rows, name="doubling"):
-        x = torch.arange(rows)
-        (found,) = self.run(name, (), lambda x: (2 * x,), x)
-        assert found.tolist() == (2 * x).tolist()
+        return super().record(function, places)
 
 
 @pytest.fixture
@@ -84,6 +79,18 @@ def graphs():
 
 def times(factor):
     return lambda x: (x * factor, factor)
+
+
+def double(graphs, rows=3, name="doubling", before=lambda: None):
+    """Double numbers in a graph, or without one; `before` is called where the function is."""
+
+    def function(x):
+        before()
+        return (2 * x,)
+
+    x = torch.arange(rows)
+    (found,) = graphs.run(name, (), function, x)
+    assert torch.equal(found, 2 * x)
 
 
 def test_what_a_function_depends_on_tells_graphs_apart(graphs):
@@ -155,15 +162,15 @@ def test_memory_that_runs_out_during_a_capture_drops_the_other_graphs(graphs, mo
         monkeypatch, torch.cuda, empty_cache=lambda: kept_when_emptied.append(len(graphs.store))
     )
     reason = "CUDA out of memory. Tried to allocate 2 GiB"
-    graphs.double(2)
+    double(graphs, 2)
     graphs.errors[9] = RuntimeError(reason)
     for _ in range(5):
-        graphs.double(9)
+        double(graphs, 9)
     assert kept_when_emptied == [0], "graphs hold the memory"
     assert [(x.name, x.reason) for x in graphs.tried] == [("doubling", ""), ("doubling", reason)]
     assert graphs.verdicts == {"doubling": reason}
     for _ in range(2):
-        graphs.double(3)
+        double(graphs, 3)
     assert graphs.captures == 2
     assert graphs.verdicts == {"doubling": "used (2 graphs)"}
 
@@ -173,38 +180,35 @@ def test_replays_and_failures_are_counted_by_function(graphs):
     """A size that cannot be captured stops no other ones of a function that has graphs."""
     graphs.errors[4] = RuntimeError("operation not permitted\nwhen capturing")
     for rows in (4, 4, 2, 2):
-        graphs.double(rows)
-    graphs.double(2, name="another")
+        double(graphs, rows)
+    double(graphs, 2, name="another")
     assert graphs.replays == {"doubling": 2, "another": 1}
     for _ in range(2):
-        graphs.double(4)
+        double(graphs, 4)
     reason = "doubling runs without CUDA graphs for some of its inputs: operation not perm"
     with pytest.warns(UserWarning, match=reason):
-        graphs.double(4)
+        double(graphs, 4)
     tried = len(graphs.tried)
     for rows in (4, 2, 3):
-        graphs.double(rows)
+        double(graphs, rows)
     assert graphs.replays == {"doubling": 4, "another": 1}
     assert len(graphs.tried) == tried + 1
     graphs.errors |= dict.fromkeys((2, 3), RuntimeError("never"))
-    graphs.double(4, name="third")
-    graphs.double(2, name="third")
+    double(graphs, 4, name="third")
+    double(graphs, 2, name="third")
     with pytest.warns(UserWarning, match="third runs without CUDA graphs: never"):
-        graphs.double(3, name="third")
+        double(graphs, 3, name="third")
     tried = len(graphs.tried)
-    graphs.double(5, name="third")
+    double(graphs, 5, name="third")
     assert len(graphs.tried) == tried
     assert graphs.verdicts["third"] == "never"
 
 
 @pytest.mark.parametrize("slabs", ["one", "several"])
-def test_replays_of_models_are_for_the_present_sequences(tmp_path, monkeypatch, slabs):
+def test_replays_of_models_are_for_the_present_sequences(windows, monkeypatch, slabs):
     """With other sequences, other numbers of them, and other slabs of the KV cache."""
-    folders = tmp_path / "target", tmp_path / "drafter"
-    write_target(folders[0], "mistral", seed=1, vocab_size=VOCAB, layers=3)
-    write_drafter(folders[1], folders[0], seed=2, sliding_window=4)
-    replaying = load_with_parts(monkeypatch, *folders)
-    plain = load_with_parts(monkeypatch, *folders, cuda_graphs=False)
+    replaying = load_with_parts(monkeypatch, *windows)
+    plain = load_with_parts(monkeypatch, *windows, cuda_graphs=False)
     replaying.target.graphs = captured = ReplayedGraphs(with_addresses=slabs == "one")
     fix_addresses(monkeypatch)
     groups = [[0], [1], [0, 1], [2, 3], [1], [2, 0, 3], [0]]
@@ -328,16 +332,6 @@ def device(monkeypatch):
     return Device(monkeypatch)
 
 
-def double(graphs, before=lambda: None, name="doubling"):
-    """Double numbers in a graph, or without one; `before` is called where the function is."""
-
-    def function(x):
-        before()
-        return (2 * x,)
-
-    assert graphs.run(name, (), function, torch.arange(3))[0].tolist() == [0, 2, 4]
-
-
 @pytest.mark.parametrize("enabled", [True, False])
 def test_garbage_is_collected_again_if_it_was(enabled):
     before = gc.isenabled()
@@ -444,20 +438,15 @@ def test_other_threads_may_use_the_device_during_a_capture(device):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Pairs; the second one has windows in target and drafter."""
-    found = []
-    for family, window in (("qwen3", None), ("mistral", 4)):
-        folder = tmp_path_factory.mktemp(family)
-        write_target(folder / "target", family, seed=1, vocab_size=VOCAB, layers=3)
-        write_drafter(folder / "drafter", folder / "target", seed=2, sliding_window=window)
-        found.append((folder / "target", folder / "drafter"))
-    return found
+def windows(tmp_path_factory):
+    """A pair with windows in target and drafter."""
+    folder, drafter = tmp_path_factory.mktemp("pair"), {"sliding_window": 4}
+    return write_pair(folder, "mistral", drafter=drafter, vocab_size=VOCAB, layers=3)
 
 
 @pytest.fixture
 def backend(folders, monkeypatch):
-    return load_with_parts(monkeypatch, *folders[0])
+    return load_with_parts(monkeypatch, *folders)
 
 
 def chain(*tokens):
@@ -476,7 +465,7 @@ def started(backend, prompts, **settings):
 @pytest.mark.parametrize("dialect", ["deepspec-rnn", "specforge-domino"])
 def test_tables_of_recurrent_heads_share_graphs(folders, tmp_path, monkeypatch, dialect):
     """Numbers of sequences and depths are rounded up; shortlists and noise are inputs."""
-    target, _ = folders[0]
+    target, _ = folders
     write_dialect(tmp_path, target, dialect, seed=2)
     found, keys = [], set()
     for cuda_graphs in (True, False):
@@ -494,9 +483,7 @@ def test_tables_of_recurrent_heads_share_graphs(folders, tmp_path, monkeypatch, 
         if cuda_graphs:
             keys = {key for key in backend.target.graphs.keys if key[0] == "the AR head"}
     for static, plain in zip(*found, strict=True):
-        np.testing.assert_array_equal(static.tokens, plain.tokens)
-        np.testing.assert_array_equal(static.next_row, plain.next_row)
-        np.testing.assert_allclose(static.log_probs, plain.log_probs, atol=1e-4, rtol=1e-5)
+        assert_equal_tables(static, plain)
     assert len(keys) == 3 * 2 * 2  # sequences, depths and noise
 
 
@@ -534,9 +521,7 @@ def test_drafts_depth_by_depth_share_graphs(tmp_path, monkeypatch, see_memory, k
         rows = states[0].drafter
         assert rows.nbytes == backend.columns(rows.capacity) * backend.drafter_arena.column_nbytes
     for static_table, table in zip(found[0][0], found[1][0], strict=True):
-        np.testing.assert_array_equal(static_table.tokens, table.tokens)
-        np.testing.assert_array_equal(static_table.next_row, table.next_row)
-        np.testing.assert_allclose(static_table.log_probs, table.log_probs, atol=1e-4)
+        assert_equal_tables(static_table, table)
     for rows, expected in zip(found[0][1], found[1][1], strict=True):
         np.testing.assert_allclose(rows, expected, atol=1e-4)
     keys = [name for name, *_ in static.target.graphs.keys]
@@ -660,9 +645,9 @@ def test_a_warm_up_begins_with_the_states_and_ends_where_memory_does(
     ],
 )
 @pytest.mark.filterwarnings("ignore:draft trees run without CUDA graphs")
-def test_what_does_not_fit_runs_without_static_shapes(folders, monkeypatch, module, name, value):
+def test_what_does_not_fit_runs_without_static_shapes(windows, monkeypatch, module, name, value):
     monkeypatch.setattr(module, name, value)
-    backend = load_with_parts(monkeypatch, *folders[1], models=True)
+    backend = load_with_parts(monkeypatch, *windows, models=True)
     states = started(backend, [[3, 4, 5], [6]])
     trees = [(state, chain(*range(6))) for state in states]
     assert backend.target.has_row_pass == (name != "is_window")  # found out at load
@@ -678,8 +663,8 @@ def test_what_does_not_fit_runs_without_static_shapes(folders, monkeypatch, modu
         )
 
 
-def test_sequences_of_several_slabs_run_one_after_another(folders, monkeypatch):
-    backend = load_with_parts(monkeypatch, *folders[1])
+def test_sequences_of_several_slabs_run_one_after_another(windows, monkeypatch):
+    backend = load_with_parts(monkeypatch, *windows)
     backend.target.arena.slab_nbytes = 1
     trees = [(state, chain(*range(6))) for state in started(backend, [[3, 4, 5], [6]])]
     for tree, logits in zip(trees, backend.verifier.logits(trees).logits, strict=True):

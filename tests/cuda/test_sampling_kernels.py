@@ -4,6 +4,7 @@
 """
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.sampling import LogitEdits, Noise, SamplingParams, position_keys
 from treeflash.decoding.session import SequenceSession
 from treeflash.testing import DIALECTS, require
+from treeflash.testing.comparisons import assert_equal_tables
 from treeflash.testing.models import write_dialect, write_pair
 
 require("torch")
@@ -70,12 +72,7 @@ def test_rows_without_a_finite_best_logit_are_reported(sample_rows):
 
 def test_sequences_with_different_settings_take_one_launch_for_each_dtype():
     """Greedy ones, and those whose tokens are masked among them; float32 is for edited ones."""
-    launches = []
-
-    def counted(*args):
-        launches.append(args)
-        return sampling.sample_rows(*args)
-
+    counted = Mock(wraps=sampling.sample_rows)
     sizes = (3, 1, 4, 2)
     logits, keys = inputs(sum(sizes), torch.bfloat16, 7)
     parts, starts = list(logits.split(sizes)), np.cumsum((0, *sizes[:-1]))
@@ -89,7 +86,8 @@ def test_sequences_with_different_settings_take_one_launch_for_each_dtype():
         SamplingParams(SamplingConfig(temperature=1.0), keys[8:], edits=edits),
     ]
     found = sample(Logits(parts, [None] * 4), params, sample_rows=counted)
-    assert [(len(x), x.dtype) for x, *_ in launches] == [(4, torch.bfloat16), (2, torch.float32)]
+    launches = [x for (x, *_), _ in counted.call_args_list]
+    assert [(len(x), x.dtype) for x in launches] == [(4, torch.bfloat16), (2, torch.float32)]
     for i, one in enumerate(params):
         if one is None:
             assert found[i] is None
@@ -196,6 +194,4 @@ def test_tables_have_the_tokens_of_tables_without_kernels(tmp_path, monkeypatch,
         noisy_log_probs=noise_kernels.noisy_log_probs,
     )
     for one, other in zip(make(blocks, options), expected, strict=True):
-        for name in ("tokens", "next_row"):
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
+        assert_equal_tables(one, other)

@@ -39,7 +39,7 @@ class ReplayedGraphs(Graphs):
         super().__init__(torch.device("cuda"))
         self.enabled, self.with_addresses = True, with_addresses
 
-    def _record(self, function, places, **_):
+    def record(self, function, places, **_):
         outputs = function(*places)
         if self.with_addresses:
             function = recorded(function, places, outputs)

@@ -176,7 +176,7 @@ class Graphs:
         reason, started = "another rank cannot capture it", time.perf_counter()
         try:
             places = tuple(x.clone() for x in inputs)
-            graph = self._record(function, places, is_first=not self.captured[name])
+            graph = self.record(function, places, is_first=not self.captured[name])
         except Exception as error:  # Triton's are no RuntimeErrors
             if is_device_lost(error):
                 raise
@@ -201,7 +201,7 @@ class Graphs:
             warnings.warn(f"{name} runs without CUDA graphs{which}: {reason}", stacklevel=2)
         return None
 
-    def _record(
+    def record(
         self,
         function: Callable[..., Outputs],
         places: tuple[Tensor, ...],
