@@ -38,6 +38,16 @@ def own_cache(kept_folder):
 
 
 @pytest.fixture
+def own_threads():
+    """Give PyTorch's threads back when the test ends."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def see_gpus(monkeypatch):
     """Let PyTorch count this number of GPUs from now on, whatever the machine has."""
     import torch

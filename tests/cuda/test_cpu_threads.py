@@ -32,16 +32,14 @@ def folders(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def restored(monkeypatch):
-    """A process on three processors that has chosen no threads; they are given back afterwards."""
+def _nothing_chosen(own_threads, monkeypatch):
+    """A process on three processors that has chosen no threads."""
     monkeypatch.setattr("treeflash.config.most_threads", lambda: 3)
-    before = torch.get_num_threads()
     for variable in threads.VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     threads.cpu_threads.cache_clear()
     yield
     threads.cpu_threads.cache_clear()
-    torch.set_num_threads(before)
 
 
 def shared_machine(others):

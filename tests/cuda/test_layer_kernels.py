@@ -250,18 +250,15 @@ def test_queries_and_keys_turn_and_are_stored(kernels, dtype, is_rotated, is_nor
     assert same(results)
 
 
+@pytest.mark.usefixtures("own_threads")
 def test_threads_change_no_bit(kernels):
     found = of_dtype(kernels, HALF)[0]
     pass_ = Sequences((200, chain(64), False))
     queries = random(64, HEADS, D, dtype=HALF, seed=3)
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            results.append(found.attend(queries, pass_.bounds, pass_.table, 0, SCALE))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(found.attend(queries, pass_.bounds, pass_.table, 0, SCALE))
     assert same(results)
 
 
