@@ -253,21 +253,6 @@ def test_every_test_for_devices_runs_once_before_its_other_cases(
     assert late.notes == ["tests were cut short"]
 
 
-SHORT = ["--limit", "1", "--max-tokens", "4"]
-PAIR_SCRIPTS = {
-    "peers.__main__": ["--systems", "transformers,treeflash", "--backends", "cuda"],
-    "throughput": ["--backend", "cuda", "--concurrency", "1,2"],
-}
-
-
-@pytest.fixture
-def pair(tmp_path):
-    """Options that choose a tiny pair on the CPU, and a prompt set."""
-    prompts = tmp_path / "a.jsonl"
-    prompts.write_text("\n".join(json.dumps({"id": n, "turns": [f"Why {n}"]}) for n in range(2)))
-    return [str(prompts), *endless_pair(tmp_path), "--device", "cpu", "--dtype", "float32"]
-
-
 def test_the_quality_of_few_bits_is_measured(module, tmp_path):
     """Answers are the reference's most likely tokens, so that rows of other tokens show."""
     require("llvmlite")
@@ -295,13 +280,23 @@ def test_the_quality_of_few_bits_is_measured(module, tmp_path):
 
 # Seconds, for scripts of benchmarks that change seldom.
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", ["throughput", "peers.__main__"])
-def test_a_comparison_runs(name, module, pair, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("throughput", "--backend cuda --concurrency 1,2"),
+        (
+            "peers.__main__",
+            "--systems transformers,treeflash --backends cuda --threads 1 --environments {folder}",
+        ),
+    ],
+)
+def test_a_comparison_runs(name, own, module, options, tmp_path):
     """All systems run, and in float32 they give the same tokens."""
-    file = tmp_path / "out.json"
-    if name == "peers.__main__":
-        pair = [*pair, "--environments", str(tmp_path / "environments"), "--threads", "1"]
-    assert module(name).main([*pair, *SHORT, *PAIR_SCRIPTS[name], "--json", str(file)]) == 0
+    prompts, file = tmp_path / "a.jsonl", tmp_path / "out.json"
+    prompts.write_text("\n".join(json.dumps({"id": n, "turns": [f"Why {n}"]}) for n in range(2)))
+    own = own.format(folder=tmp_path).split()
+    given = [str(prompts), *options, *own, "--limit", "1", "--json", str(file)]
+    assert module(name).main(given) == 0
     results = json.loads(file.read_text())
     rows = [row for row in results["rows"] if row["set"] == "a"]
     assert {row["system"] for row in rows} == {"treeflash", "transformers"}

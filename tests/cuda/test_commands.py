@@ -8,7 +8,15 @@ import sys
 import numpy as np
 import pytest
 from failures import failing
-from small_training import ON_CPU, SMALL, VOCAB, texts_of, write_predictable_target, write_prompts
+from small_training import (
+    ON_CPU,
+    SMALL,
+    VOCAB,
+    tensors,
+    texts_of,
+    write_predictable_target,
+    write_prompts,
+)
 
 from treeflash.commands import adapt, distill, doctor, evaluate, generate, train
 from treeflash.commands.doctor import PROMPTS
@@ -33,10 +41,6 @@ from treeflash_cuda.training import loop
 
 FEW = ["--max-tokens", "24", "--measured", "3", "--sequences", "4", "--anchors", "8"]
 FEW += ["--validation-sequences", "2", "--top-tokens", "8", "--learning-rate", "4e-3"]
-
-
-def tensors(folder):
-    return {name.removeprefix("model."): x for name, x in read_tensors(folder).items()}
 
 
 @pytest.fixture(scope="module")
@@ -176,10 +180,8 @@ TOKENS = "12"
 def test_a_hybrid_target_from_prompts_to_drafted_text(tmp_path, capsys):
     target = write_predictable_target(tmp_path / "target", "qwen3_5")
     pair = ["--target", str(target), *ON_CPU]
-    prompts, responses = tmp_path / "prompts.jsonl", tmp_path / "responses.jsonl"
-    prompts.write_text(
-        "".join(json.dumps({"id": n, "prompt": f"word {n}"}) + "\n" for n in range(10))
-    )
+    prompts = write_prompts(tmp_path / "prompts.jsonl", (f"word {n}" for n in range(10)))
+    responses = tmp_path / "responses.jsonl"
     writing = ["--prompts", str(prompts), "--output", str(responses), "--max-tokens", TOKENS]
     assert distill.main([*writing, "--temperature", "1", *pair]) == 0
     records = responses.read_text().splitlines()
@@ -196,8 +198,7 @@ def test_a_hybrid_target_from_prompts_to_drafted_text(tmp_path, capsys):
     capsys.readouterr()
 
     pair += ["--drafter", str(drafter)]
-    few = tmp_path / "few.jsonl"
-    few.write_text("".join(json.dumps({"id": n, "prompt": f"new {n}"}) + "\n" for n in range(2)))
+    few = write_prompts(tmp_path / "few.jsonl", ["new 0", "new 1"])
     measuring = ["--prompts", str(few), "--max-tokens", TOKENS]
     measuring += ["--budgets", "16", "--methods", "treeflash"]
     assert evaluate.main([*measuring, *pair]) == 0

@@ -40,6 +40,16 @@ def models(tmp_path_factory):
     return write_models(tmp_path_factory.mktemp("llama"), "llama")
 
 
+@pytest.fixture
+def model(models):
+    return models[0]
+
+
+@pytest.fixture
+def options(models):
+    return models[1]
+
+
 def prompts(lengths=LENGTHS):
     """Random prompts, padded on the left."""
     ids = torch.randint(4, VOCAB, (len(lengths), max(lengths)), generator=torch.Generator())
@@ -92,8 +102,9 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
     texts(model, **options)
 
 
-def test_the_best_published_drafter_that_can_be_used_is_the_default(models, tmp_path, monkeypatch):
-    model, options = models
+def test_the_best_published_drafter_that_can_be_used_is_the_default(
+    model, options, tmp_path, monkeypatch
+):
     model = copy.deepcopy(model)
     names = tmp_path / "missing", options["drafter"]
     published = [PublishedDrafter(name=str(name)) for name in names]
@@ -106,8 +117,7 @@ def test_the_best_published_drafter_that_can_be_used_is_the_default(models, tmp_
     assert vars(model)[PAIRS].keys() == {"auto", options["drafter"]}  # which was found once
 
 
-def test_sequences_end_at_the_limit_of_the_model(models):
-    model, options = models
+def test_sequences_end_at_the_limit_of_the_model(model, options):
     model = copy.deepcopy(model)
     model.config.max_position_embeddings = 20
     (expected,) = texts(model, [12], do_sample=False)
@@ -115,23 +125,20 @@ def test_sequences_end_at_the_limit_of_the_model(models):
         assert texts(model, [12], do_sample=False, **options) == [expected[:20]]
 
 
-def test_an_empty_prompt_is_refused(models):
-    model, options = models
+def test_an_empty_prompt_is_refused(model, options):
     empty = {name: tensor[:1, :0] for name, tensor in prompts().items()}
     with pytest.raises(PromptError, match="no tokens"):
         texts(model, **empty, **options)
 
 
-def test_the_model_stays_its_owners(models):
-    model, options = models
+def test_the_model_stays_its_owners(model, options):
     before = model(**prompts()).logits
     texts(model, **options)
     assert torch.equal(model(**prompts()).logits, before)
     assert not any(x._forward_hooks or x._forward_pre_hooks for x in model.modules())
 
 
-def test_the_attention_is_restored_after_an_error(models):
-    model, options = models
+def test_the_attention_is_restored_after_an_error(model, options):
     before = model(**prompts()).logits
     with pytest.raises(ConfigError, match="budget"):
         texts(model, **options | {"budget": 0})
@@ -163,8 +170,7 @@ def test_other_weights_make_another_pair(tmp_path):
     assert texts(model, **options) == texts(model, do_sample=False)
 
 
-def test_sampled_sequences_follow_the_seed_of_pytorch(models):
-    model, options = models
+def test_sampled_sequences_follow_the_seed_of_pytorch(model, options):
     filters = {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
     given = {"do_sample": True, "num_return_sequences": 3, **filters, **options}
     outputs = []
@@ -177,8 +183,7 @@ def test_sampled_sequences_follow_the_seed_of_pytorch(models):
     assert len({tuple(row) for row in outputs[0]}) == 3
 
 
-def test_sampling_settings_and_the_repetition_penalty_arrive(models):
-    model, options = models
+def test_sampling_settings_and_the_repetition_penalty_arrive(model, options):
     greedy = texts(model, [7], do_sample=False)
     normalised = {"top_k": 1, "renormalize_logits": True}
     for setting in (normalised, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-5}):
@@ -188,8 +193,7 @@ def test_sampling_settings_and_the_repetition_penalty_arrive(models):
     assert texts(model, [7], **penalised, **options) == expected != greedy
 
 
-def test_sequences_end_at_end_tokens_and_at_criteria(models):
-    model, options = models
+def test_sequences_end_at_end_tokens_and_at_criteria(model, options):
     free = texts(model, do_sample=False)
     token = free[0][LENGTHS[0] + 3]
     criteria = StoppingCriteriaList([After(token)])
@@ -205,8 +209,7 @@ def test_sequences_end_at_end_tokens_and_at_criteria(models):
         assert texts(model, **ends, **options) == expected
 
 
-def test_streamers_get_every_token_in_turn(models):
-    model, options = models
+def test_streamers_get_every_token_in_turn(model, options):
     given = prompts() | TOKENS
     own, ours, through_enable = Streamer(), Streamer(), Streamer()
     model.generate(**given, do_sample=False, streamer=own)
@@ -222,8 +225,7 @@ def test_streamers_get_every_token_in_turn(models):
     assert "generate" not in vars(model)
 
 
-def test_a_folder_of_the_hub_decodes(models, tmp_path):
-    model, options = models
+def test_a_folder_of_the_hub_decodes(model, options, tmp_path):
     (tmp_path / "custom_generate").mkdir()
     (tmp_path / "custom_generate" / "generate.py").write_text(
         "from treeflash.transformers import run as generate\n"
@@ -247,27 +249,24 @@ def test_a_folder_of_the_hub_decodes(models, tmp_path):
         ({"attention_mask": prompts()["attention_mask"].flip(-1)}, "attention_mask"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(models, setting, named):
-    model, options = models
+def test_what_is_not_supported_is_refused_by_name(model, options, setting, named):
     with pytest.raises(ValueError, match=named) as error:
         texts(model, **setting, **options)
     assert "\n" not in str(error.value)
 
 
-def test_training_mode_is_refused(models):
-    model, options = models
+def test_training_mode_is_refused(model, options):
     model.train()
     with pytest.raises(ConfigError, match="training mode"):
         texts(model, **options)
     model.eval()
 
 
-def test_costs_are_measured_once_for_all_processes(models, tmp_path, monkeypatch):
+def test_costs_are_measured_once_for_all_processes(model, options, tmp_path, monkeypatch):
     """A copy of a model begins without a pair, as a new process does."""
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path))
     measured, costs = [], VerifyCosts({1: 1.0, 8: 1.1})
     stand_in(monkeypatch, VerifyCosts, measure=lambda *args: measured.append(1) or costs)
-    model, options = models
     for _ in range(2):
         texts(copy.deepcopy(model), do_sample=False, **options | {"budget": "auto"})
     assert len(measured) == 1

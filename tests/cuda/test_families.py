@@ -38,7 +38,7 @@ import torch
 from families import cuda as families
 from families import write_pair as write_family_pair
 from torch import nn
-from transformers import AutoModelForCausalLM, DogeConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, DogeConfig
 from transformers.models.starcoder2 import modeling_starcoder2
 from transformers.utils import logging as transformers_logging
 from treeflash_cuda.backend import load
@@ -333,15 +333,6 @@ def test_models_are_loaded_straight_to_their_device(tmp_path, monkeypatch):
     assert given["device_map"] == {"": device}
 
 
-TINY = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
-
-
 def patch_attention(monkeypatch, folder, change):
     """Write a model of transformers whose layers get the mask that `change` makes of theirs."""
     families.write(folder, "starcoder2")
@@ -397,19 +388,20 @@ def test_a_package_that_quantised_weights_need_is_named(tmp_path, monkeypatch):
     ("name", "shape", "reason"),
     [
         ("model.layers.9.mlp.up_proj", (8, 32), r"no linear layer of this name and shape \(8, 32"),
-        ("model.layers.0.mlp.up_proj", (8, 32), r"no linear layer of this name and shape \(8, 32"),
-        ("model.embed_tokens", (32, 32), "it is quantised, or no linear layer"),
+        ("model.layers.0.mlp.up_proj", (8, 64), r"no linear layer of this name and shape \(8, 64"),
+        ("model.embed_tokens", (96, 64), "it is quantised, or no linear layer"),
     ],
 )
 def test_an_adapter_of_other_layers_is_refused(tmp_path, name, shape, reason):
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY))
+    model = families.write(tmp_path / "model", "llama")
     write_adapter(tmp_path, {name: ones(*shape)})
     with pytest.raises(UnsupportedModelError, match=f"cannot be merged into {name}: .*{reason}"):
         add_adapter(model, tmp_path)
 
 
 def test_custom_attention_is_refused(tmp_path):
-    config = DogeConfig(**TINY | {"num_attention_heads": 4}, keep_window_size=4)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = DogeConfig(**sizes, vocab_size=32, num_attention_heads=4, keep_window_size=4)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -24,18 +24,7 @@ from image_models import (
 from parts import load_with_parts
 from PIL import Image as Picture
 from stand_ins import stand_in
-from transformers import (
-    Glm4vConfig,
-    Qwen2_5_VLConfig,
-    Qwen2VLConfig,
-    Qwen3_5Config,
-    Qwen3VLConfig,
-)
-from transformers.models.glm4v.modeling_glm4v import Glm4vModel
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
-from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Model
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+from transformers import MODEL_MAPPING, AutoConfig
 from treeflash_cuda.backend import load
 from treeflash_cuda.images import read_processor
 
@@ -250,19 +239,11 @@ def test_a_picture_that_the_target_does_not_take_is_refused(tmp_path):
         processor.encode(processor.placeholder, [picture(1, 1, 2000)])
 
 
-MODELS = {
-    Qwen2VLModel: Qwen2VLConfig,
-    Qwen2_5_VLModel: Qwen2_5_VLConfig,
-    Qwen3VLModel: Qwen3VLConfig,
-    Qwen3_5Model: Qwen3_5Config,
-    Glm4vModel: Glm4vConfig,
-}
-
-
-@pytest.fixture(scope="module", params=MODELS, ids=lambda x: x.__name__)
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"])
 def model(request):
     with torch.device("meta"):  # positions depend on the configuration alone
-        kind, config = request.param, MODELS[request.param]()
+        config = AutoConfig.for_model(request.param)
+        kind = MODEL_MAPPING[type(config)]
         model = kind.__new__(kind)
         torch.nn.Module.__init__(model)
     model.config = config

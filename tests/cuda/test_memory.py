@@ -250,11 +250,6 @@ def test_passes_over_trees_are_measured_if_the_target_has_them(cuda, tmp_path, m
     assert memory.pass_nbytes(backend.target) == (3 if runs else 0)
 
 
-def test_a_kernel_that_fell_back_is_reported_with_its_reason():
-    found = Operations(rms_norm=lambda *_: None, reasons={"gated": "ptxas is missing"})
-    assert found.verdicts == {"rms_norm": "used (Triton)", "gated": "ptxas is missing"}
-
-
 @pytest.mark.parametrize(
     ("share", "pass_nbytes", "reserved"),
     [(0.85, 0, 6.8), (0.85, GIB, 5.1), (0.2, GIB, 1.2), (0.85, 5 * GIB, 0)],

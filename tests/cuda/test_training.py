@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import pytest
 from failures import failing, full_disk
-from small_training import CPU, TINY_RUN, TINY_VOCAB, texts_of, train_steps
+from small_training import CPU, TINY_RUN, TINY_VOCAB, tensors, texts_of, train_steps
 from stand_ins import stand_in
 
 from treeflash.config import DecodeConfig, LoadConfig
@@ -70,10 +70,6 @@ def run(target, responses, tmp_path):
         return train_steps(target, tmp_path / name, responses, **changes)
 
     return run
-
-
-def tensors(folder):
-    return {name.removeprefix("model."): x for name, x in read_tensors(folder).items()}
 
 
 def stored(tensor):

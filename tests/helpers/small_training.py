@@ -57,6 +57,11 @@ def texts_of(*lengths: tuple[int, int], vocab_size: int = TINY_VOCAB) -> list[Re
     ]
 
 
+def tensors(folder: Path) -> dict[str, Any]:
+    """Read the tensors of a drafter by the names that they have inside the model."""
+    return {name.removeprefix("model."): x for name, x in read_tensors(folder).items()}
+
+
 def train_steps(
     target: Path,
     output: Path,
