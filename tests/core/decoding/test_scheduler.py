@@ -298,11 +298,17 @@ def test_a_state_that_the_prefix_cache_cannot_hold_is_not_copied(backend):
         assert len(forks) == len(scheduler.prefix_cache) == copies
 
 
-def test_long_prompts_leave_snapshots_on_the_way(backend, monkeypatch):
+def test_long_prompts_leave_snapshots_on_the_way(backend):
     """So that a prompt that differs in the middle need not start anew."""
-    monkeypatch.setattr(State, "needs_snapshots", True)
     taken = []
-    monkeypatch.setattr(State, "snapshot", lambda state: taken.append(state.length))
+
+    class Recurrent(State):
+        needs_snapshots = True
+
+        def snapshot(self):
+            taken.append(self.length)
+
+    backend.open = lambda capacity, drafts: Recurrent(backend.target, None, capacity)
     config = SchedulerConfig(snapshot_interval=8)
     for cache, lengths in ((PrefixCache(10**9), [8, 16, 24, 26]), (None, [])):
         scheduler = Scheduler(backend, config, prefix_cache=cache)

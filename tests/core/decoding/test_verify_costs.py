@@ -373,26 +373,9 @@ class TestKeeping:
         line = "timing forward passes on Card A for the budget auto, once for this model"
         assert [record.getMessage() for record in caplog.records] == [line]
 
-    @pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "LD_PRELOAD", "ONEDNN_MAX_CPU_ISA"])
-    def test_costs_belong_to_the_threads_the_instructions_and_a_preloaded_library(
-        self, measured, monkeypatch, variable
-    ):
-        assert measured(lambda: monkeypatch.setenv(variable, "7"))
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            ("version", lambda package: f"{package} 7"),
-            ("platform.platform", lambda: "macOS-26.2"),  # MLX computes with its libraries
-            ("processor_facts", lambda: ["another"]),
-            ("_files", lambda *_: [("kernels.py", 1, 2, 3, 4)]),  # of treeflash and the backend
-        ],
-        ids=lambda change: change[0],
-    )
-    def test_costs_belong_to_versions_sources_and_the_machine(self, measured, monkeypatch, change):
-        name, found = change
-        path = f"treeflash.decoding.passed_checks.{name}"
-        assert measured(lambda: monkeypatch.setattr(path, found))
+    def test_costs_belong_to_the_facts_that_passed_checks_depend_on(self, measured, monkeypatch):
+        """`test_probe.py` has each of them."""
+        assert measured(lambda: monkeypatch.setenv("OMP_NUM_THREADS", "7"))
 
     def test_costs_belong_to_the_kernels_that_are_used_not_to_their_races(self, target):
         timed = Timed(lambda nodes: 0.01)
@@ -404,13 +387,17 @@ class TestKeeping:
             timed.seconds = lambda nodes: 0.02
         assert found == pytest.approx([0.01, 0.01, 0.02])
 
-    def test_costs_belong_to_the_targets_configuration(self, measured, target):
-        """Weights of one size may belong to another architecture."""
-        assert measured(lambda: edit_config(target, lambda config: config.update(rms_norm_eps=1)))
-
-    def test_costs_belong_to_the_targets_weights(self, measured, target):
-        weights = target / "model.safetensors"
-        assert measured(lambda: weights.write_bytes(weights.read_bytes() + b"0"))
+    @pytest.mark.parametrize(
+        "change",
+        [
+            # Weights of one size may belong to another architecture.
+            lambda folder: edit_config(folder, lambda config: config.update(rms_norm_eps=1)),
+            lambda folder: (folder / "model.safetensors").open("ab").write(b"0"),
+        ],
+        ids=["configuration", "weights"],
+    )
+    def test_costs_belong_to_the_targets_files(self, measured, target, change):
+        assert measured(partial(change, target))
 
     @pytest.mark.parametrize(
         "content",
@@ -450,10 +437,10 @@ def file(tmp_path):
     return CostFile(tmp_path / "costs" / "a.json", lambda: True)
 
 
-def process(file, sizes, slow=1.0, sequences=1):
-    """Run passes over these sizes in turn in a process that reads the file."""
+def process(file, sizes, slow=1.0, sequences=1, *, own=True):
+    """Run passes over these sizes in turn in a process that reads the file, its own or not."""
     costs = file.read()
-    costs.file = file
+    costs.file = CostFile(file.path, lambda: own)
     for number in range(2 * REMEMBERED):
         passes(costs, sizes[number % len(sizes)], slow, sequences)
     return costs
@@ -469,11 +456,21 @@ class TestHealing:
         assert shape == pytest.approx([1] * 4, rel=0.4)
         assert error(found, 1) < 1.1
 
-    @pytest.mark.parametrize("slow", [1.2, 3.0])
-    def test_a_busy_process_does_not_change_the_file(self, file, slow):
-        file.write(table())
+    @pytest.mark.parametrize(
+        ("factor", "passed"),
+        [
+            pytest.param(1, {"sizes": (1, 8, 16), "slow": 1.2}, id="a busy process"),
+            pytest.param(1, {"sizes": (1, 8, 16), "slow": 3.0}, id="a very busy process"),
+            pytest.param(10, {"sizes": (4, 8, 16), "sequences": 4}, id="batches"),
+            pytest.param(10, {"sizes": (1, 8), "own": False}, id="other threads"),
+        ],
+    )
+    def test_what_says_nothing_of_the_idle_machine_does_not_change_the_file(
+        self, file, factor, passed
+    ):
+        file.write(table(lambda rows: factor))
         before = file.path.read_text()
-        process(file, (1, 8, 16), slow)
+        process(file, **passed)
         assert file.path.read_text() == before
 
     def test_a_wrong_cost_of_positions_is_corrected_with_the_others(self, file):
@@ -489,24 +486,12 @@ class TestHealing:
         assert predicted == pytest.approx([1] * 3, rel=0.5)
         assert min(found.seconds.values()) > true_s(1) / 10
 
-    def test_batches_do_not_change_the_file(self, file):
-        file.write(table(lambda rows: 10))
-        before = file.path.read_text()
-        process(file, (4, 8, 16), sequences=4)
-        assert file.path.read_text() == before
-
     def test_disturbed_passes_do_not_change_the_file(self, file):
         file.write(table())
         before, costs = file.path.read_text(), file.read()
         costs.file = file
         for number in range(2 * REMEMBERED):
             passes(costs, 8 if number % 5 else 4, 9 if number % 4 == 3 else 1)
-        assert file.path.read_text() == before
-
-    def test_other_threads_do_not_change_the_file(self, file):
-        file.write(table(lambda rows: 10))
-        before = file.path.read_text()
-        process(CostFile(file.path, lambda: False), (1, 8))
         assert file.path.read_text() == before
 
     def test_a_correction_of_the_table_counts_once(self, file):

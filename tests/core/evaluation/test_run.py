@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -570,24 +571,17 @@ def test_a_page_needs_no_other_file(tmp_path, recwarn, head, depths):
 
 
 @pytest.fixture
-def figures(monkeypatch):
-    """Collect the figures that are written."""
+def figures():
+    """Collect the calls that write figures, each with its figure."""
     figure = pytest.importorskip("matplotlib.figure")
-    written = []
-
-    class Kept(figure.Figure):
-        def savefig(self, *args, **kwargs):
-            written.append(self)
-            super().savefig(*args, **kwargs)
-
-    monkeypatch.setattr(figure, "Figure", Kept)
-    return written
+    with recording(figure.Figure, "savefig") as written:
+        yield written
 
 
 def test_settings_are_told_once_and_legends_hide_no_line(tmp_path, figures):
     write_report(tmp_path / "r.html", found(), "title", "the settings")
     assert (tmp_path / "r.html").read_text(encoding="utf-8").count("the settings") == 1
-    (drawn,) = figures
+    ((drawn, *_),) = figures
     assert drawn.get_suptitle() == ""
     legends = [(axis, axis.get_legend()) for axis in drawn.axes if axis.get_legend()]
     assert legends
@@ -608,7 +602,7 @@ def test_joined_records_have_a_line_and_a_color_for_each_name(tmp_path, figures)
     }
     for path in (tmp_path / "r.png", tmp_path / "r.html"):
         write_report(path, joined, "joined")
-    for drawn in figures:
+    for drawn, *_ in figures:
         efficiencies, lengths = drawn.axes  # and no empty plots of depth metrics
         for axis in (efficiencies, lengths):
             labels = axis.get_legend_handles_labels()[1]
@@ -633,11 +627,11 @@ def test_a_narrow_terminal_loses_no_figure(monkeypatch, capsys):
 
 
 def test_what_cannot_be_written_is_known_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "matplotlib", SimpleNamespace(__spec__=object()))
     check_report(tmp_path / "r.png")
     with pytest.raises(ConfigError, match=r"FILE\.html or FILE\.png, not .*r\.pdf"):
         check_report(tmp_path / "r.pdf")
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError) as raised:
         check_report(tmp_path / "r.html")
     assert (
