@@ -26,7 +26,7 @@ from treeflash_cuda.linear import NATIVE, LowBitLinear, pack_linears, quantising
 from treeflash_cuda.mtp_head import MtpHead, MtpModel
 from treeflash_cuda.operations import PYTORCH, Operations, Shapes
 from treeflash_cuda.target import Target
-from treeflash_cuda.target_loading import load_kernels, target_shapes
+from treeflash_cuda.target_loading import load_kernels
 
 CPU_DRAFT_BITS = 8
 """Bits of a drafter's weights beside a target with weights of few bits on a CPU."""
@@ -136,6 +136,7 @@ def load_drafter_operations(
         experts=getattr(config, "experts", None) is not None,
         draft_bits=() if bits is None else (bits,),
     )
-    if target.device.type != "cuda" or shapes == target_shapes(target):
-        return target.operations
+    own = target.operations
+    if target.device.type != "cuda" or (own is not None and own.shapes == shapes):
+        return own
     return load_kernels(shapes, target.device, target.dtype, "in the drafter ")

@@ -264,6 +264,7 @@ class Operations:
     # measures it, and the whole error of each that did not.
     differences: Mapping[str, float] = field(default_factory=dict, compare=False)
     errors: Mapping[str, str] = field(default_factory=dict, compare=False)
+    shapes: Shapes | None = None  # the sizes that kernels were loaded for
 
     @property
     def fallbacks(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,7 +230,7 @@ def add_kernels(target: ModelTarget) -> None:
 
     A rank with another kernel would run other passes than the rest, which wait for each other.
     """
-    shapes = target_shapes(target)
+    shapes = model_shapes(target)
     operations = load_target_operations(shapes, target.devices, target.dtype)
     attend = load_prompt_attention(target.devices, target.dtype, shapes)
     if operations is not None:
@@ -264,7 +264,7 @@ def load_kernels(
     shapes: Shapes, device: torch.device, dtype: torch.dtype, place: str = ""
 ) -> Operations:
     """Load operations on a GPU, with a warning of those that have no kernel."""
-    operations = load_operations(shapes, device, dtype)
+    operations = replace(load_operations(shapes, device, dtype), shapes=shapes)
     for line in operations.fallbacks:
         warnings.warn(place + line, stacklevel=2)
     return operations
@@ -286,11 +286,8 @@ def load_prompt_attention(
     return attend
 
 
-def target_shapes(target: Target) -> Shapes:
-    """Return the sizes of a target that kernels depend on."""
-    quantised = target.arena.dtype is not None
-    if isinstance(target, DecoderTarget):
-        return decoder_shapes(target.facts, quantised=quantised)
+def model_shapes(target: ModelTarget) -> Shapes:
+    """Return the sizes of a model of transformers that kernels depend on."""
     config = target.config
     heads, hidden_size = config.num_attention_heads, config.hidden_size
     arena = target.state_arena
@@ -301,7 +298,7 @@ def target_shapes(target: Target) -> Shapes:
         hidden_size=hidden_size,
         softcap=target.softcap,
         sinks=target.has_sinks,
-        quantised=quantised,
+        quantised=target.arena.dtype is not None,
         has_own_layers=False,
         recurrent=() if arena is None else arena.matrix_shapes,
         convolutions=() if arena is None else arena.tail_shapes,
