@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from byte_tokens import END, SPECIAL, save_tokenizer
+from failures import failing
 from recordings import recording
 
 from treeflash.cli import options
@@ -253,9 +254,10 @@ def closed():
 
 
 @pytest.fixture
-def nothing_loads(monkeypatch):
+def nothing_loads():
     """Fail where the command line loads a model."""
-    monkeypatch.setattr(options, "load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    with failing(options, "load_model", pytest.fail.Exception("loaded")):
+        yield
 
 
 @pytest.fixture

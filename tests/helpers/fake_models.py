@@ -90,7 +90,10 @@ class FakeVerifier:
             assert params.keys.shape == (len(tree), 2)
             following = (tree.positions(state.length) + 1).tolist()
             self.keys += zip(following, params.keys.tolist(), strict=True)
-        return sample(self.logits(state, tree), params)
+        return sample(self._logits(state, tree), params)
+
+    def logits(self, trees: Sequence[tuple[FakeState, DraftTree]]) -> Pass:
+        return Pass(logits=[self._logits(*each) for each in trees], rows=dict(trees))
 
     def commit(self, verified: Pass, paths: Sequence[tuple[FakeState, np.ndarray]]) -> None:
         for state, path in paths:
@@ -99,7 +102,7 @@ class FakeVerifier:
             assert (tree.parents[path[1:]] == path[:-1]).all()
             state.tokens += tree.tokens[path].tolist()
 
-    def logits(self, state: FakeState, tree: DraftTree) -> np.ndarray:
+    def _logits(self, state: FakeState, tree: DraftTree) -> np.ndarray:
         sequences: list[list[int]] = []
         for parent, token in zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True):
             sequences.append([*(state.tokens if parent < 0 else sequences[parent]), token])

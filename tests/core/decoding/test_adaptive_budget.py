@@ -571,8 +571,8 @@ def test_one_slow_draft_changes_nothing():
 
 
 @pytest.mark.parametrize("method", ["ddtree", "dflash"])
-@pytest.mark.parametrize("depths", [1, 2, 9])
-def test_a_setting_limits_the_depths(method, depths):
+@pytest.mark.parametrize("depths", [1, 2, 9, None])
+def test_the_drafter_and_a_setting_limit_the_depths(method, depths):
     backend = scripted(SCRIPT)
     room = len(SCRIPT) - len(PROMPT)
     settings = {"method": method, "budget": 16, "suffix": False, "max_tokens": room}
@@ -580,5 +580,5 @@ def test_a_setting_limits_the_depths(method, depths):
         steps = steps_of(backend, PROMPT, config_of(**settings, draft_depths=depths))
     assert tokens_of(steps) == SCRIPT[len(PROMPT) :]
     trees = [step.tree for step in steps[1:-1] if step.tree is not None]
-    assert max(int(tree.depths.max()) for tree in trees) == min(depths, 5)
-    assert {most for _, most in drafts} == {min(depths, 5)}
+    assert max(int(tree.depths.max()) for tree in trees) == min(depths or 5, 5)
+    assert {most for _, most in drafts} == {min(depths or 5, 5)}

@@ -26,7 +26,7 @@ from treeflash.decoding.scheduler_thread import SchedulerThread
 from treeflash.decoding.turns import Turns
 from treeflash.errors import ConfigError, DeviceError, MemoryInUseError, PromptError
 from treeflash.reference.backend import load
-from treeflash.reference.verifier import State, Verifier
+from treeflash.reference.verifier import State
 from treeflash.testing.comparisons import generate
 
 SAMPLED = SamplingConfig(temperature=0.9, seed=3)
@@ -34,23 +34,9 @@ SAMPLED = SamplingConfig(temperature=0.9, seed=3)
 PROMPTS = [[5, 6, 7], [9, 8], [4, 4, 4, 4, 4, 1], [30]]
 
 
-class Spy(Verifier):
-    """Notes the prompt tokens of each forward pass."""
-
-    def __init__(self, target):
-        super().__init__(target)
-        self.extended = []
-
-    def run(self, work):
-        self.extended.append(sum(len(x.token_ids) for x in work if isinstance(x, Prefill)))
-        return super().run(work)
-
-
 @pytest.fixture
 def backend(tiny_pair):
-    backend = load(*tiny_pair, LoadConfig())
-    backend.verifier = Spy(backend.target)
-    return backend
+    return load(*tiny_pair, LoadConfig())
 
 
 def config_of(**settings):
@@ -132,6 +118,11 @@ def test_how_much_of_a_prompt_has_run(backend, scored):
     assert scheduler.busy
 
 
+def prompt_tokens(passes):
+    """The number of tokens of prompts in each forward pass."""
+    return [sum(len(x.token_ids) for x in work if isinstance(x, Prefill)) for (work,) in passes]
+
+
 def test_prompts_that_run_together_share_the_room(backend):
     """A sequence that decodes waits for a bounded number of tokens, however many prompts come."""
     limits = SchedulerConfig(prefill_chunk=8, lone_prefill_chunk=32)
@@ -141,18 +132,18 @@ def test_prompts_that_run_together_share_the_room(backend):
     step(scheduler, found)
     prompts = [[n] * length for n, length in ((20, 10), (21, 3), (22, 14))]
     others = [submit(scheduler, x, config) for x in prompts]
-    backend.verifier.extended.clear()
-    for n in range(4):
-        step(scheduler, found)
-        assert len(found[first]) == 2 + n, "the running sequence waits"
-    assert backend.verifier.extended == [8, 8, 8, 3]
+    with recording(backend.verifier, "run") as passes:
+        for n in range(4):
+            step(scheduler, found)
+            assert len(found[first]) == 2 + n, "the running sequence waits"
+    assert prompt_tokens(passes) == [8, 8, 8, 3]
     assert list(found) == [first, *others], "the earliest prompt has the room first"
     scheduler.close()
-    backend.verifier.extended.clear()
     for prompt in prompts:
         submit(scheduler, prompt * 2, config)
-    scheduler.step()
-    assert backend.verifier.extended == [32]
+    with recording(backend.verifier, "run") as passes:
+        scheduler.step()
+    assert prompt_tokens(passes) == [32]
 
 
 def test_the_state_that_a_sequence_continues_is_the_last_to_make_room(backend):

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from failures import failing
+from fake_models import FakeBackend
 from recordings import recording
 from rich.console import Console
 
 import treeflash
-from treeflash.decoding.interfaces import Pass, Prefill
+from treeflash.decoding.interfaces import Prefill
 from treeflash.decoding.loop import Step
-from treeflash.decoding.sampling import SampledTokens
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree
@@ -310,33 +310,6 @@ def step(*tokens: int, accepted: int | None = None, table=TABLE, finish_reason=N
 
 
 @pytest.mark.parametrize(
-    ("tokens", "reason"),
-    [
-        ((8,), "child"),  # not among the three of depth 1
-        ((3,), "budget_limit"),
-        ((3, 1), "candidate"),  # no row of depth 2 follows 3
-        ((1, 6), "child"),  # 6 follows 2, not 1
-        ((2, 6), "budget_limit"),
-        ((1, 0), "child"),  # 0 fills the row, but is impossible
-        ((1, 5, 7), "candidate"),
-        ((2, 4, 8), "budget_limit"),  # 4 is found after 2 too
-        ((2, 4, 3), "child"),
-        ((1, 4, 7, 1), "block"),
-    ],
-)
-def test_reasons(tokens, reason):
-    assert rejection_reason(step(*tokens)) == reason
-
-
-@pytest.mark.parametrize(
-    ("tokens", "reason"), [((2, 4), "budget_limit"), ((2, 5), "child"), ((2, 4, 1), "block")]
-)
-def test_marginals_have_every_parent(tokens, reason):
-    table = np.array([[1, 2], [3, 4]], np.int32), np.log(np.full((2, 2), 0.5, np.float32))
-    assert rejection_reason(step(*tokens, table=TransitionTable.from_marginals(*table))) == reason
-
-
-@pytest.mark.parametrize(
     ("tokens", "expected"),
     [
         ((8,), [(1, True, False)]),  # not drafted
@@ -370,14 +343,34 @@ def test_shares_of_best_drafts_by_hand():
     assert compute_records({"a": [first], "b": [second]}, 0)["branches"] == expected
 
 
+MARGINALS = {
+    "table": TransitionTable.from_marginals(
+        np.array([[1, 2], [3, 4]], np.int32), np.log(np.full((2, 2), 0.5, np.float32))
+    )
+}
 CUT = {"table": TABLE.truncate(2), "finish_reason": "length"}
 
 
 @pytest.mark.parametrize(
     ("tokens", "settings", "reason"),
     [
-        ((1,), {"table": None}, None),  # nothing was drafted
-        ((1, 4), {"accepted": 2}, None),  # the text ended before
+        ((8,), {}, "child"),  # not among the three of depth 1
+        ((3,), {}, "budget_limit"),
+        ((3, 1), {}, "candidate"),  # no row of depth 2 follows 3
+        ((1, 6), {}, "child"),  # 6 follows 2, not 1
+        ((2, 6), {}, "budget_limit"),
+        ((1, 0), {}, "child"),  # 0 fills the row, but is impossible
+        ((1, 5, 7), {}, "candidate"),
+        ((2, 4, 8), {}, "budget_limit"),  # 4 is found after 2 too
+        ((2, 4, 3), {}, "child"),
+        ((1, 4, 7, 1), {}, "block"),
+        # Marginals have every parent.
+        ((2, 4), MARGINALS, "budget_limit"),
+        ((2, 5), MARGINALS, "child"),
+        ((2, 4, 1), MARGINALS, "block"),
+        # Nothing was drafted, or the text ended before.
+        ((1,), {"table": None}, None),
+        ((1, 4), {"accepted": 2}, None),
         # The limit kept the tree from going deeper.
         ((1, 4, 7), CUT, None),
         ((1, 5), CUT, "budget_limit"),
@@ -390,8 +383,11 @@ CUT = {"table": TABLE.truncate(2), "finish_reason": "length"}
         ((1, 4, 7, 1, 1), {}, "block"),  # deeper than the table
     ],
 )
-def test_iterations_that_rejected_nothing(tokens, settings, reason):
+def test_reasons(tokens, settings, reason):
     assert rejection_reason(step(*tokens, **settings)) == reason
+
+
+def test_a_prefill_rejects_nothing():
     assert rejection_reason(Step((1,), {})) is None
 
 
@@ -459,26 +455,14 @@ def test_without_log_probs_of_a_head_nothing_is_corrected(tiny_pair, model, head
     assert record["tvd_marginal"] == whole["tvd_marginal"]
 
 
-class Oracle:
+class Oracle(FakeBackend):
     """A target whose next token depends on the last one alone, and a drafter that knows it."""
 
-    drafter_config = SimpleNamespace(block_size=4, depths=3, has_marginals=True)
-
     def __init__(self, logits: np.ndarray) -> None:
+        super().__init__(lambda sequence: logits[sequence[-1]], None, len(logits))
         self.table = logits
-        self.verifier = self.drafter = self.head = self
-
-    def open(self, capacity, *, drafts):
-        return SimpleNamespace(length=0, close=lambda: None)
-
-    def run(self, work):
-        return Pass([SampledTokens(np.zeros(1, np.int32))])
-
-    def logits(self, trees):
-        return Pass(logits=[self.table[tree.tokens] for _, tree in trees])
-
-    def commit(self, verified, paths):
-        pass
+        self.drafter = self.head = self
+        self.drafter_config.depths = 3
 
     def draft(self, roots, depths=None):
         return [root for _, root in roots]
