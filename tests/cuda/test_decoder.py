@@ -143,8 +143,9 @@ COMPILED = {
 """Models whose sizes fit the compiled functions of layers."""
 CASES |= COMPILED
 PROMPT, OTHER = [3, 9, 1, 22, 17, 30, 4, 8, 8, 2, 35], [5, 11, 7]
-PARENTS = [-1, 0, 0, 1, 3, 2, 3]
-NODES = [6, 13, 21, 2, 39, 13, 0]
+TREE = DraftTree.from_parents(
+    np.array([6, 13, 21, 2, 39, 13, 0], np.int32), np.array([-1, 0, 0, 1, 3, 2, 3], np.int32)
+)
 TOLERANCE = 1e-5
 
 
@@ -170,9 +171,36 @@ def load_pair(folder, **settings):
     return load(folder, None, LoadConfig(device="cpu", **settings))
 
 
-def text_of(tree, node):
-    """The tokens of a node's path."""
-    return tree.tokens[np.flatnonzero(tree.ancestor_mask()[node])].tolist()
+def passes(backend):
+    """Run prompts, trees, batches and a lone token, and yield the passes.
+
+    Beside each are, by sequence, the numbers of rows that have logits, and the texts up to them.
+    """
+    verifier = backend.verifier
+    backend.target.capture(range(-1, len(backend.target.layers) + 1))
+    with (
+        closing(backend.open(64, drafts=False)) as state,
+        closing(backend.open(64, drafts=False)) as other,
+    ):
+        texts = {state: (), other: ()}
+        for batch in (
+            [(state, PROMPT[:7])],
+            [(state, PROMPT[7:]), (other, OTHER)],
+            [(state, TREE)],
+            [(other, TREE), (state, TREE)],
+            [(other, OTHER[:1])],
+        ):
+            done, rows = verifier.forward(batch, [True] * len(batch)), {}
+            for own, tokens in batch:
+                if tokens is TREE:
+                    paths = map(np.flatnonzero, TREE.ancestor_mask())
+                    rows[own] = [(x[-1], (*texts[own], *TREE.tokens[x].tolist())) for x in paths]
+                else:
+                    texts[own] += tuple(tokens)
+                    rows[own] = [(len(tokens) - 1, texts[own])]
+            yield done, rows
+            if batch[0][1] is not TREE:
+                verifier.commit_paths(list(map(CommittedPath.whole, done.rows)))
 
 
 @torch.inference_mode()
@@ -201,45 +229,24 @@ def relative(actual, expected):
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
-def differences(backend, model):
-    """Largest differences of logits and of layers' outputs: of prompts, trees and a batch."""
-    tree = DraftTree.from_parents(np.array(NODES, np.int32), np.array(PARENTS, np.int32))
-    target, verifier = backend.target, backend.verifier
-    target.capture(range(-1, len(target.layers) + 1))
-    found = {"prompt": 0.0, "tree": 0.0, "batch": 0.0, "layers": 0.0}
-
-    paths = [[], *(text_of(tree, node) for node in range(len(tree)))]
-    texts = [(*before, *path) for before in (PROMPT, OTHER) for path in paths]
-    expected = expected_outputs(model, texts)
-
-    def compare(name, rows, logits, row, token_ids):
-        expected_logits, layers = expected[tuple(token_ids)]
-        found[name] = max(found[name], relative(logits, expected_logits))
-        for n, x in layers.items():
-            own = rows.outputs.layers[n][rows.first + row]
-            found["layers"] = max(found["layers"], relative(own, x))
-
-    with (
-        closing(backend.open(64, drafts=False)) as state,
-        closing(backend.open(64, drafts=False)) as other,
-        torch.inference_mode(),
-    ):
-        # A prompt in two chunks, and another sequence in the pass of the second one.
-        done = verifier.forward([(state, PROMPT[:7])], [False])
-        verifier.commit_paths(list(map(CommittedPath.whole, done.rows)))
-        done = verifier.forward([(state, PROMPT[7:]), (other, OTHER)], [True, True])
-        logits = done.logits.parts
-        compare("prompt", done.rows[0], logits[0][0], len(PROMPT) - 8, PROMPT)
-        compare("batch", done.rows[1], logits[1][0], len(OTHER) - 1, OTHER)
-        verifier.commit_paths(list(map(CommittedPath.whole, done.rows)))
-        for batch in ([(state, tree)], [(other, tree), (state, tree)]):
-            done = verifier.forward(batch, [True] * len(batch))
-            for rows, part in zip(done.rows, done.logits.parts, strict=True):
-                before = PROMPT if rows.state is state else OTHER
-                name = "batch" if batch[1:] else "tree"
-                for node in range(len(tree)):
-                    compare(name, rows, part[node], node, before + text_of(tree, node))
-    return found
+@torch.inference_mode()
+def difference(backend, model):
+    """The largest difference of logits, and of layers' outputs, from transformers'."""
+    found = []
+    for done, rows in passes(backend):
+        for own, logits in zip(done.rows, done.logits.parts, strict=True):
+            layers = own.outputs.layers
+            for (row, text), x in zip(rows[own.state], logits, strict=True):
+                found.append((text, x, {n: y[own.first + row] for n, y in layers.items()}))
+    expected = expected_outputs(model, list(dict.fromkeys(text for text, *_ in found)))
+    return max(
+        relative(x, y)
+        for text, logits, layers in found
+        for x, y in (
+            (logits, expected[text][0]),
+            *((layers[n], expected[text][1][n]) for n in layers),
+        )
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -250,8 +257,7 @@ def test_logits_and_layers_are_those_of_transformers(tmp_path, name):
     assert (backend.target.kernels is not None) == (name in COMPILED)
     layers = backend.device_report().facts["layers of the target"]
     assert layers.startswith("treeflash, compiled for" if name in COMPILED else "treeflash")
-    found = differences(backend, model)
-    assert max(found.values()) <= TOLERANCE, found
+    assert difference(backend, model) <= TOLERANCE
 
 
 ON_GPUS = [x for x in CASES if x not in COMPILED]
@@ -271,8 +277,7 @@ def test_operations_of_a_gpu_give_the_logits_of_transformers(tmp_path, monkeypat
         stand_in(monkeypatch, row_pass, MAX_CHUNK=2)
         stand_in(monkeypatch, gpu_target, MAX_ROWS=2)
         backend.target.prompt_attention = causal_attention
-    found = differences(backend, model)
-    assert max(found.values()) <= TOLERANCE, found
+    assert difference(backend, model) <= TOLERANCE
 
 
 def in_layers(**attributes):
@@ -389,7 +394,7 @@ def test_faults_are_noticed(tmp_path, monkeypatch, fault, on_gpu):
     assert isinstance(backend.target, GpuTarget if on_gpu else CpuTarget)
     if callable(change):
         change(backend.target.model)
-    assert differences(backend, model)["prompt"] > 100 * TOLERANCE
+    assert difference(backend, model) > 100 * TOLERANCE
 
 
 EXACT = (
@@ -481,8 +486,7 @@ def test_adapters_are_merged_into_what_layers_read(tmp_path, monkeypatch, name):
     for load_target in (load_pair, partial(load_with_parts, monkeypatch)):
         backend = load_target(tmp_path / "target", **settings)
         assert isinstance(backend.target, CpuTarget | GpuTarget)
-        found = differences(backend, model)
-        assert max(found.values()) <= TOLERANCE, found
+        assert difference(backend, model) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -568,27 +572,12 @@ ROUNDED = {
 
 @torch.inference_mode()
 def outputs_of(backend):
-    """Logits and outputs of layers: of prompts, a lone token, trees and batches."""
-    tree = DraftTree.from_parents(np.array(NODES, np.int32), np.array(PARENTS, np.int32))
-    target, verifier = backend.target, backend.verifier
-    target.capture(range(-1, len(target.layers) + 1))
-    found = []
-    with (
-        closing(backend.open(64, drafts=False)) as state,
-        closing(backend.open(64, drafts=False)) as other,
-    ):
-        for batch in (
-            [(state, PROMPT[:-1])],
-            [(state, PROMPT[-1:]), (other, OTHER)],
-            [(other, OTHER[:1])],
-            [(state, tree)],
-            [(other, tree), (state, tree)],
-        ):
-            done = verifier.forward(batch, [True] * len(batch))
-            found += [*done.logits.parts, *done.rows[0].outputs.layers.values()]
-            if not isinstance(batch[0][1], DraftTree):
-                verifier.commit_paths(list(map(CommittedPath.whole, done.rows)))
-    return found
+    """Logits and outputs of layers."""
+    return [
+        x
+        for done, _ in passes(backend)
+        for x in (*done.logits.parts, *done.rows[0].outputs.layers.values())
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
