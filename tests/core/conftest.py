@@ -260,6 +260,13 @@ def nothing_loads():
         yield
 
 
+class Keyboard(io.StringIO):
+    """A text that is typed in a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def stdin(monkeypatch):
     """Replace standard input by a text, or by another stream."""
@@ -269,6 +276,12 @@ def stdin(monkeypatch):
         monkeypatch.setattr(sys, "stdin", stream)
 
     return stdin
+
+
+@pytest.fixture
+def typed(stdin):
+    """Replace standard input by a text that is typed in a terminal."""
+    return lambda text: stdin(Keyboard(text))
 
 
 @pytest.fixture

@@ -10,27 +10,16 @@ ROOT = Path(__file__).parents[2]
 MOST_BYTES = 50e6
 
 
-@pytest.fixture(scope="module")
-def files():
-    """The size of each file of the wheel, in bytes."""
+def test_the_wheel_has_the_packages_and_nothing_else():
     included = builders.WheelBuilder(str(ROOT)).recurse_included_files()
-    return {
+    files = {
         file.distribution_path: Path(file.path).stat().st_size
         for file in included
         if "__pycache__" not in file.path
     }
-
-
-def test_the_wheel_has_the_packages_and_nothing_else(files):
     packages = {Path(name).parts[0] for name in files}
     assert packages == {"treeflash", "treeflash_cuda", "treeflash_mlx", "treeflash_vllm"}
     assert not [name for name in files if "test_" in name]
-
-
-def test_the_wheel_has_the_files_that_are_no_modules(files):
     assert {"treeflash/py.typed", "treeflash/serving/page/index.html"} <= files.keys()
     assert [name for name in files if name.endswith("model.safetensors")]
-
-
-def test_the_wheel_fits_an_index(files):
     assert sum(files.values()) < MOST_BYTES

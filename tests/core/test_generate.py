@@ -407,13 +407,6 @@ def test_a_closed_standard_stream_is_not_an_error(pair_options, closed):
 SHORT_TEXT = "Some text."
 
 
-@pytest.mark.parametrize("prompt", ["", " ", "x" * 500, "\udce9"])
-def test_invalid_prompts_print_one_line(use, run, scripted, prompt):
-    use(scripted(SHORT_TEXT))
-    code, out, err = run(prompt)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-
-
 @pytest.mark.parametrize(
     ("error", "message"),
     [

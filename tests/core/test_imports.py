@@ -168,21 +168,6 @@ def test_no_module_imports_itself_in_a_circle():
     TopologicalSorter(graph).prepare()
 
 
-def test_no_package_imports_itself_in_a_circle():
-    """Modules may be free of circles while their packages import each other."""
-
-    def package(name: str) -> str:
-        return ".".join(name.split(".")[:2])
-
-    graph: dict[str, set[str]] = {}
-    for name, path in ALL.items():
-        found = {package(other) for other in imports_of(path) if other in ALL}
-        graph.setdefault(package(name), set()).update(found - {package(name), "treeflash"})
-    graph.pop("treeflash")  # its `__init__` gathers the public names
-    assert {"treeflash.decoding", "treeflash.reference", "treeflash.testing"} <= graph.keys()
-    TopologicalSorter(graph).prepare()
-
-
 def test_packages_import_downwards():
     """Every module imports from its own package or from packages of lower layers."""
     assert "treeflash.decoding.loop" in CORE

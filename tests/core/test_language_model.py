@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import pickle
+import shutil
 import sys
 import threading
 import weakref
@@ -14,16 +15,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from failures import failing
+from recordings import recording
 
 import treeflash
-from treeflash import language_model
-from treeflash.config import METHODS
+from treeflash.config import METHODS, LoadConfig
 from treeflash.decoding import Request, SchedulerConfig, Step
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.verify_costs import VerifyCosts
 from treeflash.errors import BackendError, ConfigError, UnsupportedModelError
-from treeflash.hub.published import PublishedDrafter
-from treeflash.language_model import LanguageModel, load
+from treeflash.language_model import LanguageModel, load, locate
 from treeflash.reference.backend import ReferenceBackend
 from treeflash.text.stream import Chunk, Stream
 
@@ -46,13 +46,13 @@ def collect(stream: Iterator[Chunk], chunks: list[Chunk]) -> None:
         chunks.append(chunk)
 
 
-@pytest.mark.parametrize("thinking", [False, True])
-def test_thinking_is_by_default_as_the_drafter_was_trained(tiny_pair, monkeypatch, thinking):
-    trained = PublishedDrafter(name="some/drafter", thinking=thinking)
-    monkeypatch.setattr(language_model, "drafter_training", lambda drafter, target: trained)
-    assert load(*tiny_pair, backend="reference").tokenizer.thinking == thinking
-    target, _ = tiny_pair
-    assert not load(target, False, backend="reference").tokenizer.thinking
+def test_thinking_is_by_default_as_the_drafter_was_trained(tiny_pair, tmp_path):
+    target, drafter = tiny_pair
+    trained = tmp_path / "models--z-lab--Qwen3.5-4B-DFlash/snapshots/0a1b"
+    shutil.copytree(drafter, trained)
+    found = [locate(target, x, backend="reference").thinking for x in (trained, drafter, False)]
+    assert found == [True, False, False]
+    assert load(target, trained, backend="reference").tokenizer.thinking
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -223,17 +223,18 @@ def test_costs_are_measured_once_for_all_methods_and_threads(scripted):
 def test_kept_costs_serve_methods_that_are_not_the_default(tiny_pair, tmp_path, monkeypatch):
     """No costs are needed before a request asks for such a method."""
     monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path))
-    measured, costs = [], VerifyCosts({1: 1.0, 8: 1.1})
-    monkeypatch.setattr(VerifyCosts, "measure", lambda *args: measured.append(1) or costs)
-    for _ in range(2):  # processes
-        model = load(tiny_pair[0], False, backend="reference")
-        scheduler = model.scheduler(SchedulerConfig(), None)
-        config = model.decode_config({"method": "suffix", "max_tokens": 2})
-        scheduler.submit(Request(prompt_ids=[5, 6], config=config))
-        assert model.adaptive_budgets.costs is None
-        assert all(isinstance(event, Step) for _, event in scheduler.run())
-        assert model.adaptive_budgets.costs.seconds == costs.seconds
+    costs = []
+    with recording(VerifyCosts, "measure") as measured:
+        for _ in range(2):  # processes
+            model = load(tiny_pair[0], False, backend="reference")
+            scheduler = model.scheduler(SchedulerConfig(), None)
+            config = model.decode_config({"method": "suffix", "max_tokens": 2})
+            scheduler.submit(Request(prompt_ids=[5, 6], config=config))
+            assert model.adaptive_budgets.costs is None
+            assert all(isinstance(event, Step) for _, event in scheduler.run())
+            costs.append(model.adaptive_budgets.costs.seconds)
     assert len(measured) == 1
+    assert costs[0] == costs[1]
 
 
 def test_the_default_method_is_the_best_that_was_loaded(scripted):
@@ -307,7 +308,7 @@ def test_a_target_that_runs_no_trees_is_decoded_plainly(tiny_pair, caplog):
             model.generate("hi", max_tokens=3, method="suffix")
 
 
-def test_only_an_automatic_choice_falls_back_to_the_cpu(tiny_pair, monkeypatch):
+def test_only_an_automatic_choice_falls_back_to_the_cpu(tiny_pair):
     devices = []
 
     def loader(target, drafter, config):
@@ -316,20 +317,20 @@ def test_only_an_automatic_choice_falls_back_to_the_cpu(tiny_pair, monkeypatch):
             raise BackendError("no accelerator; pass --device cpu")
         return object()
 
-    monkeypatch.setattr(language_model, "default_backend", lambda: "cuda")
-    monkeypatch.setattr(language_model, "loader", lambda name: loader)
-    load(*tiny_pair)
+    replace(locate(*tiny_pair), loader=loader).load()
     assert devices == [None, "cpu"]
-    for choice in ({"backend": "cuda"}, {"device": "cuda:1"}):
-        with pytest.raises(BackendError, match="no accelerator"):
-            load(*tiny_pair, **choice)
+    named = locate(*tiny_pair, backend="reference")
+    assert named.named
+    assert locate(*tiny_pair, device="cpu").named
+    with pytest.raises(BackendError, match="no accelerator"):
+        replace(named, loader=loader).load()
 
 
-def test_exact_mode_is_an_error_where_a_backend_lacks_it(tiny_pair, scripted, monkeypatch):
-    pair = scripted(TEXT).backend
-    monkeypatch.setattr(language_model, "loader", lambda name: lambda *_: pair)
+def test_exact_mode_is_an_error_where_a_backend_lacks_it(tiny_pair, scripted):
+    pair, exact = scripted(TEXT).backend, LoadConfig(exact=True)
+    located = replace(locate(*tiny_pair), loader=lambda *_: pair, config=exact)
     with pytest.raises(ConfigError, match="scripted backend has no exact mode; rounding may diff"):
-        load(*tiny_pair, exact=True)
+        located.load()
 
 
 def test_states_of_a_model_without_a_folder_are_not_stored(scripted, tmp_path):

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import signal
+import sys
 
 import pytest
 from batch_files import ROWS
@@ -10,8 +12,10 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from recordings import recording
 from rich.console import Console
 
+from treeflash.commands import chat
 from treeflash.commands.chat import ChatSession, make_session
 from treeflash.commands.generate import main
 from treeflash.decoding import SchedulerConfig
@@ -81,3 +85,26 @@ def talk(scripted, request):
     talk.history = InMemoryHistory()
     talk.prefill_chunk = 2048
     return talk
+
+
+@pytest.fixture
+def run_chat(stdin, monkeypatch):
+    """Run `treeflash chat` in a terminal, and enter keys: the conversation."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    main_end, terminal = os.openpty()
+
+    def run_chat(*options: str, keys: str = "") -> ChatSession:
+        with (
+            create_pipe_input() as pipe,
+            create_app_session(input=pipe, output=DummyOutput()),
+            recording(ChatSession, "close") as closed,
+        ):
+            pipe.send_text(keys + END_OF_INPUT)
+            assert chat.main(["--no-history", *options]) == 0
+        ((talked,),) = closed
+        return talked
+
+    with os.fdopen(terminal) as stream:
+        stdin(stream)
+        yield run_chat
+    os.close(main_end)

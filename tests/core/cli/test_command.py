@@ -185,17 +185,10 @@ def test_evaluate():
         check("evaluate", decoding(parse_options(options).decode))
 
 
-def test_chat(monkeypatch, stdin, use, scripted):
-    chat = pytest.importorskip("treeflash.commands.chat")
-    conversations: list[Any] = []
-    stdin(SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr(chat.sys.stdout, "isatty", lambda: True, raising=False)
+def test_chat(use, scripted, run_chat):
     use(scripted("hi"))
-    monkeypatch.setattr(chat.ChatSession, "run", lambda self, session: conversations.append(self))
-    monkeypatch.setattr(chat, "make_session", lambda history: None)
-    assert chat.main(["--no-history"]) == chat.main(["--no-history", "--no-markdown"]) == 0
-    assert [conversation.markdown for conversation in conversations] == [True, False]
-    conversation = conversations[0]
+    conversation = run_chat()
+    assert [conversation.markdown, run_chat("--no-markdown").markdown] == [True, False]
     assert "seed" not in conversation.options  # a random one for each answer
     check("chat", decoding(parse_options(conversation.options).decode) | {"seed": "random"})
 

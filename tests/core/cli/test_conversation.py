@@ -12,9 +12,7 @@ from prompt_toolkit.application import Application, create_app_session
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import InMemoryHistory
-from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
-from recordings import recording
 from rich.console import Console
 
 import treeflash
@@ -123,11 +121,11 @@ def test_an_interruption_beside_an_answer_does_not_end_the_program(
 ):
     model = scripted(TEXT)
     place = type(model) if name == "assembler" else chat
-    before = getattr(place, name)
+    before, presses = getattr(place, name), iter([signal.SIGINT])
 
     def interrupt(*args):
-        signal.raise_signal(signal.SIGINT)
-        monkeypatch.setattr(place, name, before)
+        for press in presses:  # the first call's alone
+            signal.raise_signal(press)
         return before(*args)
 
     monkeypatch.setattr(place, name, interrupt)
@@ -380,20 +378,10 @@ def test_only_new_messages_are_prefilled(talk, tiny_pair):
     assert talked.answer.chunks[0].step.cached_tokens > 10
 
 
-def test_a_conversation_is_kept_on_a_disk(use, tiny_pair, tmp_path, stdin, monkeypatch):
+def test_a_conversation_is_kept_on_a_disk(use, tiny_pair, tmp_path, run_chat):
     use(treeflash.load(tiny_pair[0], False, backend="reference"))
-    monkeypatch.setattr(chat.sys.stdout, "isatty", lambda: True, raising=False)
-    arguments = ["--no-history", "--max-tokens", "3"]
-    arguments += ["--prefix-cache-dir", str(tmp_path / "states")]
-    main, terminal = os.openpty()
-    with os.fdopen(terminal) as stream, recording(ChatSession, "close") as closed:
-        stdin(stream)
-        for _ in range(2):
-            with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
-                pipe.send_text("x" * 300 + ENTER + END)
-                assert chat.main(arguments) == 0
-    os.close(main)
-    (first,), (second,) = closed
+    arguments = ["--max-tokens", "3", "--prefix-cache-dir", str(tmp_path / "states")]
+    first, second = (run_chat(*arguments, keys="x" * 300 + ENTER) for _ in range(2))
     assert [x.answer.chunks[0].step.disk_tokens for x in (first, second)] == [0, 256]
     assert contents(first) == contents(second)
 

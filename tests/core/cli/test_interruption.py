@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 
 import pytest
+from failures import failing
 
 from treeflash import __main__ as process
 from treeflash import language_model
@@ -73,30 +74,35 @@ class LoadedPair:
         pytest.fail("the load went on")
 
 
-@pytest.mark.parametrize("press", PRESSES.values(), ids=PRESSES)
-def test_ctrl_c_ends_a_load_with_one_line(press, monkeypatch, capsys):
-    def locate(*args, **settings):
-        press()
-        return LoadedPair
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Run a command whose load presses Ctrl-C in some way; it must end as one that was."""
 
-    monkeypatch.setattr(language_model, "locate", locate)
-    assert main(["generate", "hi"]) == 130
+    def interrupted(press):
+        monkeypatch.setattr(language_model, "locate", lambda *_, **__: press() or LoadedPair)
+        assert main(["generate", "hi"]) == 130
+
+    return interrupted
+
+
+@pytest.mark.parametrize("press", PRESSES.values(), ids=PRESSES)
+def test_ctrl_c_ends_a_load_with_one_line(press, interrupted, capsys):
+    interrupted(press)
     assert capsys.readouterr() == ("", "interrupted\n")
 
 
-def test_other_errors_of_a_del_are_shown_as_python_shows_them(monkeypatch, capsys):
+def test_other_errors_of_a_del_are_shown_as_python_shows_them(interrupted, monkeypatch):
     class Faulty:
         def __del__(self) -> None:
             raise ValueError("of the destructor")
 
-    def locate(*args, **settings):
+    def press():
         Faulty()
         raise KeyboardInterrupt
 
     shown = []
     monkeypatch.setattr(sys, "unraisablehook", lambda found: shown.append(found.exc_value))
-    monkeypatch.setattr(language_model, "locate", locate)
-    assert main(["generate", "hi"]) == 130
+    interrupted(press)
     assert [str(error) for error in shown] == ["of the destructor"]
 
 
@@ -107,9 +113,8 @@ def test_ctrl_c_while_the_process_ends_changes_nothing(monkeypatch):
         if next(presses):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(process, "main", lambda argv: 130)
     monkeypatch.setattr(process.signal, "signal", ignore)
-    with pytest.raises(SystemExit, match="130"):
+    with failing(process, "main", KeyboardInterrupt), pytest.raises(SystemExit, match="130"):
         process.run("generate")
     assert next(presses, None) is None, "interruptions are ignored at last"
 

@@ -1,12 +1,12 @@
 """Options of commands: those that they share, files of options, and how commands end."""
 
-import argparse
+import shutil
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from failures import failing
+from recordings import recording
 
 from treeflash import language_model
 from treeflash.cli import options
@@ -102,16 +102,16 @@ def test_plain_decoding_loads_no_drafter_by_default(
     ]
 
 
-def test_a_spinner_says_what_is_being_loaded(monkeypatch):
-    shown = []
-    monkeypatch.setattr(
-        options.Console, "status", lambda self, text: (shown.append(text), nullcontext())[1]
-    )
-    target = Path("/hub/models--Qwen--Qwen3-4B/snapshots/0a1b")
-    pair = SimpleNamespace(target=target, load=lambda: list(shown))
-    monkeypatch.setattr(language_model, "locate", lambda *args, **settings: pair)
-    args = argparse.Namespace(target="Qwen/Qwen3-4B", drafter=None, backend=None)
-    assert options.load_model(args) == ["loading Qwen/Qwen3-4B"]
+def test_a_spinner_says_what_is_being_loaded(shared_parser, tiny_pair, tmp_path):
+    folder = shutil.copytree(tiny_pair[0], tmp_path / "models--Qwen--Qwen3-4B/snapshots/0a1b")
+    args = shared_parser.parse_args(["--backend", "reference", "--target", str(folder)])
+    with (
+        recording(options.Console, "status") as shown,
+        failing(language_model.LocatedPair, "load", ConfigError("loaded")),
+        pytest.raises(ConfigError, match="loaded"),
+    ):
+        options.load_model(args, ["ar"])
+    assert [text for _, text in shown] == ["loading Qwen/Qwen3-4B"]
 
 
 def test_help_names_the_defaults(shared_parser):

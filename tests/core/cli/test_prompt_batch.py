@@ -66,26 +66,22 @@ def test_other_settings_are_rejected_for_the_same_file(batch, files, scripted, o
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("dtype", "bfloat16"), ("name", "mlx")], ids=["dtype", "backend"]
+    ("name", "value", "other", "folder"),
+    [
+        ("dtype", "float32", "bfloat16", None),
+        ("backend", "scripted", "mlx", None),
+        # A finished run of this target would load nothing.
+        ("adapter", None, "lora", Path("SmolLM2-135M-Instruct")),
+    ],
 )
-def test_another_dtype_or_backend_is_rejected_for_the_same_file(
-    batch, files, scripted, name, value
-):
-    batch(scripted(*ANSWERS))
-    model = scripted(*ANSWERS)
-    setattr(model.backend, name, value)
-    code, err = batch(model)
-    assert (code, err.count("\n")) == (2, 1)
-    assert f"not {value}" in err
-
-
-def test_answers_with_another_adapter_are_not_those_of_a_finished_run(batch, files, scripted):
-    model = replace(scripted(*ANSWERS), folder=Path("SmolLM2-135M-Instruct"))
+def test_answers_of_another_pair_are_refused(batch, files, scripted, name, value, other, folder):
+    model = replace(scripted(*ANSWERS), folder=folder)
     batch(model)
-    files[1].write_text(files[1].read_text().replace('"adapter": null', '"adapter": "lora"'))
+    before, after = (json.dumps({name: x})[1:-1] for x in (value, other))
+    files[1].write_text(files[1].read_text().replace(before, after))
     code, err = batch(model)
     assert (code, err.count("\n")) == (2, 1)
-    assert "adapter lora, not None" in err
+    assert f"{name} {other}, not {value}" in err
 
 
 def test_a_file_of_prompts_may_begin_with_a_byte_order_mark(batch, files, scripted):

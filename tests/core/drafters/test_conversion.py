@@ -4,10 +4,10 @@ import errno
 import re
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from failures import failing
 
 from treeflash.commands.convert import main
 from treeflash.decoding.interfaces import TableOptions
@@ -216,12 +216,11 @@ def test_command(published, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
-def test_a_conversion_that_stops_leaves_no_half_of_a_drafter(
-    published, tmp_path, monkeypatch, error
-):
-    monkeypatch.setattr(conversion, "write_stored", Mock(side_effect=error))
-    with pytest.raises((ConfigError, KeyboardInterrupt)) as caught:
+def test_a_conversion_that_stops_leaves_no_half_of_a_drafter(published, tmp_path, error):
+    with (
+        failing(conversion, "write_stored", error),
+        pytest.raises((ConfigError, KeyboardInterrupt)) as caught,
+    ):
         convert(published, tmp_path / "there", "treeflash")
     assert str(caught.value) in (f"{tmp_path / 'there'} cannot be written: No space left", "")
-    monkeypatch.undo()
     convert(published, tmp_path / "there", "treeflash")

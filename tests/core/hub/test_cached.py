@@ -116,14 +116,12 @@ def test_models_are_removed_from_the_caches(machine, run):
 
 
 @pytest.mark.parametrize(("answer", "removed"), [("y", True), ("", False), ("no", False)])
-def test_a_question_comes_before_a_model_is_deleted(machine, run, monkeypatch, answer, removed):
-    asked = []
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or answer)
+def test_a_question_comes_before_a_model_is_deleted(machine, run, typed, answer, removed):
+    typed(f"{answer}\n")
     code, printed, _ = run("rm", DRAFTER)
-    assert asked == [f"delete {DRAFTER} (4.0 kB)? [y/N] "]
+    asked = f"delete {DRAFTER} (4.0 kB)? [y/N] "
     said = (0, f"removed {DRAFTER}, 4.0 kB\n") if removed else (1, "nothing was deleted\n")
-    assert (code, printed) == said
+    assert (code, printed) == (said[0], asked + said[1])
     assert len(cached_models()) == 4 - removed
 
 
@@ -142,11 +140,6 @@ def test_what_cannot_be_removed_is_one_line_and_nothing_is_deleted(machine, run,
     assert (code, printed, error.count("\n")) == (2, "", 1)
     assert message in error
     assert len(cached_models()) == 4
-
-
-def test_an_empty_name_is_refused(capsys):
-    assert drafters_command.main([""]) == 2
-    assert "the name of the target is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from failures import failing
 
 from treeflash.config import LoadConfig
 from treeflash.hub import identity
@@ -68,11 +69,11 @@ def test_settings_versions_and_drafters_count(folder, tmp_path, monkeypatch):
     assert len(found) == 4
 
 
-def test_weights_are_read_once(folder, tmp_path, monkeypatch):
+def test_weights_are_read_once(folder, tmp_path):
     memory = tmp_path / "hashes"
     first = pair_identity(BACKEND, LoadConfig(), [folder], memory)
-    monkeypatch.setattr(identity.hashlib, "file_digest", None)  # reading would fail
-    assert pair_identity(BACKEND, LoadConfig(), [folder], memory) == first
+    with failing(identity.hashlib, "file_digest", AssertionError("read again")):
+        assert pair_identity(BACKEND, LoadConfig(), [folder], memory) == first
 
 
 def test_hashes_that_cannot_be_remembered_are_computed_again(folder, tmp_path):

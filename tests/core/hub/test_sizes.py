@@ -7,10 +7,11 @@ import pytest
 from failures import failing
 
 import treeflash
-from treeflash import language_model, registry
+from treeflash import language_model
 from treeflash.config import GIB
-from treeflash.errors import BackendError, ConfigError
+from treeflash.errors import ConfigError
 from treeflash.hub import published, sizes
+from treeflash.reference import backend
 
 GIB_OF = {
     "Qwen/Qwen3-8B": 15.3,
@@ -100,22 +101,19 @@ def test_a_folder_is_measured_and_a_pair_of_unknown_size_is_fetched(tmp_path, hu
     assert hub == ["un/known"]
 
 
-def test_nothing_is_fetched_that_does_not_fit(monkeypatch):
-    """It is fetched if it is forced, or if the backend has no limit."""
-    load = registry.loader("reference")
-    monkeypatch.setattr(language_model, "memory_limit", lambda of: GIB if of is load else None)
-    options: dict[str, Any] = {"backend": "reference", "drafter": False}
+@pytest.mark.parametrize(
+    ("limit", "force", "message"),
+    [
+        (GIB, False, "^the weights of Qwen/Qwen3-8B have 15.3 GiB"),
+        (1, True, "fetched"),
+        (20 * GIB, False, "fetched"),
+        (None, False, "fetched"),
+    ],
+)
+def test_nothing_is_fetched_that_does_not_fit(monkeypatch, limit, force, message):
+    monkeypatch.setattr(backend, "memory_limit", lambda: limit, raising=False)
     with (
-        failing(language_model, "resolve_target", BackendError("fetched")),
-        pytest.raises(ConfigError, match=r"^the weights of Qwen/Qwen3-8B have 15.3 GiB"),
+        failing(language_model, "resolve_target", ConfigError("fetched")),
+        pytest.raises(ConfigError, match=message),
     ):
-        treeflash.load("Qwen/Qwen3-8B", **options)
-    monkeypatch.setattr(registry, "check_config", lambda *_: None)
-    for limit, settings in ((None, {}), (20 * GIB, {}), (1, {"force": True})):
-        monkeypatch.setattr(language_model, "memory_limit", lambda _, x=limit: x)
-        monkeypatch.setattr(language_model, "check_config", lambda *_: None)
-        with (
-            failing(language_model, "resolve_target", BackendError("fetched")),
-            pytest.raises(BackendError, match="fetched"),
-        ):
-            treeflash.load("Qwen/Qwen3-8B", **options, **settings)
+        treeflash.load("Qwen/Qwen3-8B", False, backend="reference", force=force)

@@ -80,11 +80,6 @@ def test_only_a_regular_file_can_be_an_output(tmp_path, kind):
         opened(path).__enter__()
 
 
-def test_a_folder_that_is_not_there_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match=r"no/out\.jsonl cannot be written: No such file"):
-        opened(tmp_path / "no" / "out.jsonl").__enter__()
-
-
 def test_a_folder_that_is_removed_meanwhile_is_one_line(tmp_path):
     path = tmp_path / "answers" / "out.jsonl"
     path.parent.mkdir()

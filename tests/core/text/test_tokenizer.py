@@ -103,17 +103,13 @@ def test_thinking_is_off_unless_asked_for(chatting, settings, thinking):
         assert ("<think>" in text) == asked
 
 
-def test_settings_of_the_tokenizer_are_no_template_variables(chatting):
-    with pytest.raises(PromptError, match="'return_tensors' is reserved"):
-        chatting(THINKING_TEMPLATE).chat([USER], {"return_tensors": "pt"})
-
-
 def chat(tokenizer):
     tokenizer.chat([USER])
 
 
 FAILED = r"chat.template"
 DIVIDES = "{{ 1 / 0 }}"
+RESERVED = "'tokenize' is reserved"
 HEADERLESS = "puts nothing before the user's message"
 
 
@@ -124,7 +120,7 @@ HEADERLESS = "puts nothing before the user's message"
         ("{{ messages[0].content.absent.absent }}", chat, FAILED),
         ("{% if %}", chat, FAILED),
         ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", chat, FAILED),
-        (CHAT_TEMPLATE, lambda tokenizer: tokenizer.chat([USER], {"tokenize": False}), FAILED),
+        (CHAT_TEMPLATE, lambda tokenizer: tokenizer.chat([USER], {"tokenize": False}), RESERVED),
         (DIVIDES, chat, "division by zero"),
         (DIVIDES, Tokenizer.user_header, "division by zero"),
         (DIVIDES, lambda tokenizer: tokenizer.answer("hi"), "division by zero"),
