@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import resource
 import socket
@@ -22,7 +23,12 @@ from servers import (
     wait_until,
 )
 
+from treeflash.config import DecodeConfig
 from treeflash.serving.connections import Protocol, allow_many_files
+from treeflash.serving.engine import Engine
+from treeflash.serving.errors import APIError
+from treeflash.serving.settings import Settings
+from treeflash.text.stream import Assembler
 
 FOREVER = {"max_tokens": 400, "ignore_eos": True, "temperature": 0}
 
@@ -49,16 +55,30 @@ def test_a_full_queue_says_when_to_come_back(serve):
     wait_until(lambda: server.engine.unfinished == 0)
 
 
-def test_quick_answers_let_clients_come_back_earlier(serve):
-    server, told = serve(max_parallel=1, max_queue=63), []
-    body = {"prompt": ["A"] * 64, "stream": True, "max_tokens": 1}
-    for _ in range(2):
-        with Gate(server.engine), server.client.stream("POST", TEXT, json=body):
-            told.append(int(server.complete("A").headers["Retry-After"]))
-        wait_until(lambda: server.engine.unfinished == 0)
-        assert server.complete("A", n=16, max_tokens=1).status_code == 200
-    assert told[0] == 64
-    assert told[1] < 32
+def test_the_time_of_answers_decides_when_clients_come_back(model):
+    """A second for each at first, then a tenth of the way to the time of each new one."""
+    now = 0.0
+    engine = Engine(lambda: model, Settings(max_parallel=2, max_queue=2), clock=lambda: now)
+    engine.start()
+
+    async def told(seconds):
+        """Answer four prompts in this time, while the queue is full; returns the wait."""
+        nonlocal now
+        config = DecodeConfig(method="ar", max_tokens=1)
+        ask = [Assembler(model.backend, model.tokenizer, (5,), config) for _ in range(4)]
+        with Gate(engine) as gate:
+            answered = engine.submit(ask, prompts=4)
+            with pytest.raises(APIError) as refused:
+                engine.submit(ask[:1], prompts=1)
+            now += seconds
+            gate.open()
+            await answered.wait()
+        return int(refused.value.headers["Retry-After"])
+
+    try:
+        assert [asyncio.run(told(seconds)) for seconds in (11, 0, 0)] == [2, 9, 6]
+    finally:
+        engine.stop()
 
 
 def test_more_answers_than_the_server_has_room_for_are_an_error_of_the_request(serve):

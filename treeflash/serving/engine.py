@@ -92,7 +92,7 @@ class Completion:
     Attributes:
         prompts: number of prompts.
         answers: the tokens and text so far, one for each prompt and answer.
-        submitted: time of the submission, by `time.perf_counter`.
+        submitted: the time of the submission, by the clock.
     """
 
     def __init__(
@@ -101,10 +101,12 @@ class Completion:
         prompts: int,
         cancel: Callable[[Completion], None],
         timeout: float,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.prompts = prompts
         self.answers = tuple(answers)
-        self.submitted = time.perf_counter()
+        self.submitted = clock()
+        self._clock = clock
         self._deadline = asyncio.get_running_loop().time() + timeout
         self._updates: Mailbox[Update] = Mailbox()
         self._first: AnswerUpdate | None = None  # the update that `prompt_updates` ended with
@@ -113,6 +115,11 @@ class Completion:
         firsts = self.answers[:: len(self.answers) // prompts]
         self._usage = Usage(prompt_tokens=sum(len(answer.prompt_ids) for answer in firsts))
         self._counted = [0] * len(self.answers)  # chunks of each answer
+
+    @property
+    def seconds(self) -> float:
+        """The time since the submission."""
+        return self._clock() - self.submitted
 
     @property
     def usage(self) -> Usage:
@@ -197,7 +204,7 @@ class Engine:
 
     The models are loaded in this thread too, because frameworks bind streams and thread pools to
     threads. Other threads submit and cancel; both take effect between two iterations. Engines with
-    the same `turns` never compute at once.
+    the same `turns` never compute at once. The `clock` tells the seconds since some fixed moment.
 
     Attributes:
         draining: whether new requests are refused, because the server is about to end.
@@ -211,12 +218,14 @@ class Engine:
         settings: Settings,
         metrics: Metrics | None = None,
         turns: Turns | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.settings = settings
         self.metrics = Metrics() if metrics is None else metrics
         self.draining = self.device_lost = False
         self.ran_out_of_memory: Callable[[], object] = lambda: None
         self._load = load
+        self._clock = clock
         self._turns = Turns() if turns is None else turns
         # All threads use the unfinished answers of each completion, and the mean time of an answer.
         self._backlog: dict[Completion, int] = {}
@@ -294,7 +303,9 @@ class Engine:
         requests = [answer.request() for answer in answers]
         for request in requests:
             self.scheduler.check(request)
-        completion = Completion(answers, prompts, self._withdraw, self.settings.timeout)
+        completion = Completion(
+            answers, prompts, self._withdraw, self.settings.timeout, self._clock
+        )
         self._reserve(completion)
         self.thread.call(partial(self._admit, completion, requests))
         return completion
@@ -359,9 +370,9 @@ class Engine:
         )
         config = SchedulerConfig(max_parallel=settings.max_parallel, max_bytes=max_bytes)
         with self._turns:  # a graph is not captured, nor anything measured, while others compute
-            started = time.perf_counter()
+            started = self._clock()
             if prepared := warm_up(self._model.backend, config.max_parallel):
-                seconds = time.perf_counter() - started
+                seconds = self._clock() - started
                 logger.info("%d passes prepared in %.1f s", prepared, seconds)
         disk = None
         if settings.prefix_cache_dir is not None:
@@ -442,7 +453,7 @@ class Engine:
         return update
 
     def _count(self, answer: _RunningAnswer, update: AnswerUpdate) -> None:
-        now = time.perf_counter()
+        now = self._clock()
         age = now - answer.completion.submitted
         if update.iteration == 0:
             self.metrics.count_prefill(update.chunk, len(answer.assembler.prompt_ids), age)
@@ -455,9 +466,8 @@ class Engine:
     def _finish(self, request: Request) -> None:
         """Forget a finished answer."""
         completion = self.running_answers.pop(request).completion
-        seconds = time.perf_counter() - completion.submitted
         with self._lock:
-            self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
+            self._mean_seconds += 0.1 * (completion.seconds - self._mean_seconds)
             self._backlog[completion] -= 1
             if not self._backlog[completion]:
                 del self._backlog[completion]

@@ -492,10 +492,9 @@ class OllamaFormatter:
         """Return the reason for the end, the counts and the durations."""
         (answer,), counts = self._completion.answers, self._completion.usage
         first, *others = (sum(chunk.step.seconds.values()) for chunk in answer.chunks)
-        seconds = time.perf_counter() - self._completion.submitted
         return {
             "done_reason": answer.finish_reason,
-            "total_duration": _nanoseconds(self._load_seconds + seconds),
+            "total_duration": _nanoseconds(self._load_seconds + self._completion.seconds),
             "load_duration": _nanoseconds(self._load_seconds),
             "prompt_eval_count": counts.prompt_tokens,
             "prompt_eval_duration": _nanoseconds(first),

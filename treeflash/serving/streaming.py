@@ -81,7 +81,7 @@ def _running(completion: Completion, path: str) -> Iterator[None]:
         with completion:
             yield
     finally:
-        counts, seconds = completion.usage, time.perf_counter() - completion.submitted
+        counts, seconds = completion.usage, completion.seconds
         begun = sum(bool(answer.chunks) for answer in completion.answers)
         logger.info(
             "%s: %d prompt tokens (%d cached), %d new tokens in %.2f s, %.1f tokens/s, "
