@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import pytest
+from failures import failing
+from recordings import recording
 
 from treeflash.decoding.sampling import unpack
 from treeflash.language_model import LanguageModel
@@ -191,17 +192,20 @@ def slow_down(server: Running, seconds: float) -> None:
     server.engine.scheduler.step = slow
 
 
+def post_bytes(path: str, body: object) -> bytes:
+    """Return a request as it is sent over a connection."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
+
+
 @contextmanager
 def request_without_a_reader(server: Running, path: str, body: object) -> Iterator[None]:
     """Send a request for a whole answer that would take long; the end of the block disconnects."""
     unfinished = server.engine.unfinished
     url = httpx.URL(server.url)
-    content = json.dumps(body).encode()
     with socket.create_connection((url.host, url.port)) as connection:
-        connection.sendall(
-            b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (path.encode(), len(content), content)
-        )
+        connection.sendall(post_bytes(path, body))
         wait_until(lambda: server.engine.unfinished == unfinished + 1)
         yield
 
@@ -231,17 +235,11 @@ class Submitted:
 
 def submitted(server: Running, path: str, body: object) -> Submitted:
     """Return the one answer that a server would decode for a request, which it then refuses."""
-    caught: list[Assembler] = []
-
-    def submit(answers, **_):
-        caught.extend(answers)
-        raise APIError(503, "not decoded")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server.engine, "submit", submit)
+    refused = APIError(503, "not decoded")
+    with failing(server.engine, "submit", refused), recording(server.engine, "submit") as calls:
         response = server.post(path, body)
     assert response.status_code == 503, response.text
-    (answer,) = caught
+    (((answer,),),) = calls
     return Submitted(answer, server.engine.model)
 
 

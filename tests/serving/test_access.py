@@ -169,7 +169,7 @@ def test_websockets_are_refused(guarded):
         sent.append(message["type"])
 
     scope = {"type": "websocket", "path": "/v1/completions", "headers": [], "query_string": b""}
-    asyncio.run(asyncio.wait_for(guarded(scope | {"root_path": ""}, receive, send), 10))
+    asyncio.run(asyncio.wait_for(guarded(scope | {"root_path": ""}, receive, send), PATIENCE))
     assert sent == ["websocket.close"]
 
 

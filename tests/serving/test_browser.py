@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from servers import Gate, serving, wait_until
+from servers import PATIENCE, Gate, serving, wait_until
 from stub_images import StubProcessor, base64_of, picture, url_of
 
 from treeflash.config import LoadConfig
@@ -33,6 +33,7 @@ def browser():
         pytest.skip(f"{CHROMIUM} is missing")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        sync_api.expect.set_options(timeout=1000 * PATIENCE)
         yield browser
         browser.close()
 
@@ -52,6 +53,7 @@ def open_page(browser):
         context = browser.new_context(
             viewport={"width": width, "height": height}, color_scheme=scheme
         )
+        context.set_default_timeout(1000 * PATIENCE)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: problems.append(str(error)))
@@ -75,7 +77,7 @@ def ask(page, text, *tokens):
     if tokens:
         fake(page, *tokens)
     send(page, text)
-    page.get_by_role("button", name="Send").wait_for(timeout=60_000)
+    page.get_by_role("button", name="Send").wait_for()
 
 
 def fake(page, *tokens):
@@ -168,7 +170,7 @@ def test_a_chat(page):
     iterations = {int(x.get_attribute("data-iteration")) for x in spans.all()}
     assert iterations == set(range(max(iterations) + 1))
     assert page.locator("#tree circle").count() >= 1
-    sync_api.expect(page.locator("#verdict")).to_contain_text("gives the same text", timeout=60_000)
+    sync_api.expect(page.locator("#verdict")).to_contain_text("gives the same text")
     for name in ("tree", "plain"):
         assert float(page.locator(f"#{name}-speed").inner_text()) > 0
     assert float(page.locator("#plain-efficiency").inner_text()) == 1
@@ -244,7 +246,7 @@ def test_an_answer_that_is_still_growing_is_shown_beside_markdown(serve, open_pa
         send(page)
         wait_until(lambda: server.engine.unfinished)
         gate.allow(8)
-        page.locator(".token:not(:empty)").first.wait_for(timeout=10_000)
+        page.locator(".token:not(:empty)").first.wait_for()
         page.get_by_role("button", name="Stop").click()
 
 
@@ -326,7 +328,7 @@ def test_a_long_prompt_shows_its_progress(serve, open_page):
         sync_api.expect(note).to_contain_text("Reading the prompt: 64 of")
         gate.allow(1)
         sync_api.expect(note).to_contain_text("Reading the prompt: 128 of")
-    page.get_by_role("button", name="Send").wait_for(timeout=60_000)
+    page.get_by_role("button", name="Send").wait_for()
     sync_api.expect(page.locator(".assistant .note")).to_have_text("")
 
 
@@ -339,7 +341,7 @@ def test_what_was_streamed_survives(serve, open_page, crash):
         send(page)
         wait_until(lambda: server.engine.unfinished)
         gate.allow(6)
-        page.locator(".token:not(:empty)").first.wait_for(timeout=10_000)
+        page.locator(".token:not(:empty)").first.wait_for()
         streamed = page.locator(".assistant .tokens").text_content()
         if crash:  # a new tab has what is stored without a goodbye
             page.clock.fast_forward(1000)

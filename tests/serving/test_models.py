@@ -14,6 +14,7 @@ from datetime import datetime
 import httpx
 import pytest
 from asgi import ask_async
+from bodies import CHAT, ollama
 from failures import failing
 from protocols import PROTOCOLS, Ask
 from recordings import recording
@@ -30,7 +31,6 @@ from treeflash.serving.settings import Settings
 
 pytestmark = pytest.mark.sample(1)
 
-CHAT = "/v1/chat/completions"
 TOKENS = 12
 apis = pytest.mark.parametrize("api", PROTOCOLS, ids=lambda api: type(api).__name__)
 streams = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -204,14 +204,16 @@ def test_a_model_leaves_after_its_time(serve_models, loads, alone):
     assert counted(server, "model_unloads_total") == {"One": 2}
     gc.collect()
     assert loads.living() == 0
-    server.post(CHAT, question("One"))
+    server.post(*ollama("generate", model="One", keep_alive=-1))
+    body = ollama("generate", model="One", prompt="A", stream=False, keep_alive=0.01)
     with Gate(server.engine) as gate, ThreadPoolExecutor(1) as clients:
-        running = clients.submit(server.post, CHAT, question("One"))
+        running = clients.submit(server.post, *body)
         gate.allow(1)
         (stay,) = server.pool.in_memory
-        assert stay.ends is None, "its time runs while it answers"
+        assert (stay.keep_alive, stay.ends) == (0.01, None), "its time runs while it answers"
         gate.open()
-        text_of(running.result())
+        assert running.result().status_code == 200
+    wait_until(lambda: in_memory(server) == set())
 
 
 @apis
