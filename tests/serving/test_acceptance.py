@@ -12,12 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from servers import serving
+from stand_ins import stand_in
 
 from treeflash.config import LoadConfig, SamplingConfig
 from treeflash.decoding.loop import Step
 from treeflash.decoding.transitions import DeferredTable, TransitionTable
 from treeflash.drafters.evaluation import EVALUATION
 from treeflash.drafters.folder import read_config
+from treeflash.serving import acceptance as module
 from treeflash.serving.acceptance import DRAFTS, EVERY, AcceptanceMonitor
 
 GREEDY = SamplingConfig()
@@ -159,7 +161,7 @@ def test_few_tables_are_made(model):
 
 def test_a_server_says_it_in_its_log_and_its_metrics(evaluated, lines, monkeypatch):
     """A random drafter guesses nothing."""
-    monkeypatch.setattr("treeflash.serving.acceptance.EVERY", 1)
+    stand_in(monkeypatch, module, EVERY=1)
     with serving(evaluated(0.9)) as server:
         assert 'treeflash:low_acceptance{model="tiny"} 0.0' in server.client.get("/metrics").text
         prompts = ["An owl.", "Yes?", "1 + 1", "the end", "Q: why"]

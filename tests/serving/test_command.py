@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ import uvicorn
 from failures import failing
 from processes import core_command
 from servers import PATIENCE, parse, wait_until
+from stand_ins import stand_in
 
 from treeflash.commands import serve as command
 from treeflash.errors import ConfigError
@@ -55,7 +55,7 @@ def told(monkeypatch):
         found.update(load=first.load, defaults=first.defaults, names=first.names)
         return 0
 
-    monkeypatch.setattr(serving_run, "serve", serve)
+    stand_in(monkeypatch, serving_run, serve=serve)
     return found
 
 
@@ -69,7 +69,7 @@ def located(monkeypatch):
         config = SimpleNamespace(images=True)
         return SimpleNamespace(target=Path(args.target), config=config, load=lambda: args.target)
 
-    monkeypatch.setattr(command.cli, "locate_model", locate)
+    stand_in(monkeypatch, command.cli, locate_model=locate)
     return found
 
 
@@ -247,32 +247,6 @@ def test_port_taken(run):
     )
 
 
-@contextmanager
-def running(folder, *args):
-    """Start a server in a process; yields the process and its log, whose lines are checked."""
-    options = (*args, "--backend", "reference", "--method", "ar", "--port", 0)
-    log = folder / "log"
-    with (
-        log.open("w") as err,
-        subprocess.Popen(
-            core_command("serve", *map(str, options)),
-            stdout=subprocess.PIPE,
-            stderr=err,
-            text=True,
-            env={**os.environ, "TREEFLASH_CACHE": str(folder)},
-        ) as process,
-    ):
-        try:
-            yield process, log
-        finally:
-            process.kill()
-
-
-def url_of(process, log):
-    wait_until(lambda: " on http://" in log.read_text() or process.poll() is not None)
-    return log.read_text().split(" on ")[1].split()[0]
-
-
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+: ")
 
 
@@ -282,14 +256,23 @@ def test_a_life(model, tmp_path):
     tables = [f'[[model]]\nname = "{x}"\ntarget = "{model.folder}"\n' for x in ("first", "second")]
     file = write(tmp_path / "models.toml", "".join(tables))
     body = {"model": "second", "prompt": "A", "max_tokens": 150, "ignore_eos": True, "stream": True}
-    with running(tmp_path, "--models", file) as (process, log):
-        url = f"{url_of(process, log)}/v1/completions"
-        with httpx.stream("POST", url, json=body, timeout=PATIENCE) as response:
-            frames = parse(response)
-            first = next(frames)
-            process.send_signal(signal.SIGTERM)
-            frames = [first, *frames]
-        assert process.wait(PATIENCE) == 0
+    options = ("--models", str(file), "--backend", "reference", "--method", "ar", "--port", "0")
+    log, environment = tmp_path / "log", {**os.environ, "TREEFLASH_CACHE": str(tmp_path)}
+    with (
+        log.open("w") as err,
+        subprocess.Popen(core_command("serve", *options), stderr=err, env=environment) as process,
+    ):
+        try:
+            wait_until(lambda: " on http://" in log.read_text() or process.poll() is not None)
+            url = f"{log.read_text().split(' on ')[1].split()[0]}/v1/completions"
+            with httpx.stream("POST", url, json=body, timeout=PATIENCE) as response:
+                frames = parse(response)
+                first = next(frames)
+                process.send_signal(signal.SIGTERM)
+                frames = [first, *frames]
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
     text = "".join(frame["choices"][0]["text"] for frame in frames)
     assert text == model.generate("A", raw=True, max_tokens=150, stop_token_ids=()).text
     assert frames[-1]["choices"][0]["finish_reason"] == "length"

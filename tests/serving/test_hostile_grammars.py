@@ -17,6 +17,7 @@ import pytest
 from bodies import TEXT, chat, text
 from recordings import recording
 from servers import PATIENCE, check_error, wait_until
+from stand_ins import stand_in
 
 from treeflash.serving.errors import APIError
 from treeflash.serving.models import ModelPool
@@ -200,7 +201,7 @@ def test_the_process_ends_with_its_compiler(model):
 
 
 def test_no_process_can_be_started(model, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    stand_in(monkeypatch, sys, executable="/nowhere/python")
     fresh = replace(model)  # which has no process yet
     service = Service(SimpleNamespace(model=fresh), {}, ("model",))
     with pytest.raises(APIError, match="cannot compile grammars now") as caught:
@@ -224,7 +225,7 @@ def test_grammars_that_wait_leave_threads_for_prompts(server, monkeypatch):
         release.wait(2 * PATIENCE)
         raise GrammarError("it takes too much")
 
-    monkeypatch.setattr(GrammarCompiler, "compile", compile)
+    stand_in(monkeypatch, GrammarCompiler, compile=compile)
     path, body = text(structured_outputs={"regex": "a"})
     unlimited = httpx.Client(base_url=server.url, limits=httpx.Limits(), timeout=PATIENCE)
     with unlimited as client, ThreadPoolExecutor(many) as clients:

@@ -21,6 +21,7 @@ import pytest
 from failures import failing
 from processes import hide_frameworks
 from servers import NAME, PATIENCE
+from stand_ins import stand_in
 from tool_models import CHAT_TEMPLATE, tool_tokenizer
 
 from treeflash.commands import launch, serve
@@ -312,7 +313,7 @@ def test_a_server_that_ends_before_it_is_ready(run, model, agents, monkeypatch, 
     server = agents / "python"
     server.write_text(f"#!/bin/sh\n{program}\n")
     server.chmod(0o755)
-    monkeypatch.setattr(launch.sys, "executable", str(server))
+    stand_in(monkeypatch, sys, executable=str(server))
     code, told, err = run("claude", "--port", "0", "--target", model.folder, "--method", "ar")
     assert (code, told) == (2, None)
     assert f"error: {says}\n" in err

@@ -111,16 +111,6 @@ def test_drafts_are_counted_under_the_names_of_others(serve):
     assert last["metrics"] == body["metrics"]
 
 
-def test_whether_drafting_is_on(serve, monkeypatch):
-    server = serve()
-    for paused in (False, True):
-        monkeypatch.setattr(AdaptiveBudgets, "is_paused", lambda *_, paused=paused: paused)
-        server.complete("Hello, world", max_tokens=6, ignore_eos=True)
-        found = values(server)
-        states = [found[f"drafting{state}"] for state in ("on", "paused", "no_drafter")]
-        assert states == [not paused, paused, 0]
-
-
 def chunk(tokens, **fields):
     step = Step(tuple(range(tokens)), **fields)
     return Chunk("", step.tokens, step, None)

@@ -11,6 +11,7 @@ import pytest
 from fake_models import FakeBackend
 from protocols import PROTOCOLS, Ask
 from servers import Running, serving
+from stand_ins import stand_in
 from tiny_tokenizers import BUILDERS, save_folder
 from tokenizers import AddedToken
 
@@ -170,7 +171,7 @@ def test_every_interface_has_the_characters_of_python(
     parts, stop = TEXTS[name]
     model.backend.script = encode(model, parts)
     size = len(model.backend.script)
-    monkeypatch.setattr(cli, "load_model", lambda *args, **kwargs: model)
+    stand_in(monkeypatch, cli, load_model=lambda *args, **kwargs: model)
     for max_tokens in (size, size + 5):  # cut off, or ended by the end token
         limits = {"max_tokens": max_tokens, "stop": stop}
         options = {**decoding, **limits}

@@ -200,11 +200,11 @@ def test_what_is_deployed(ray_app):
             ray_app.RayConfig(**wrong)
 
 
-def test_the_ingress_and_its_replica(ray_app, model, monkeypatch):
+def test_the_ingress_and_its_replica(ray_app, folders):
     """Both have the settings, so neither answers without a key."""
-    monkeypatch.setattr(ray_app, "load", lambda **arguments: model if arguments == {"a": 1} else 0)
+    model = dict(zip(("target", "drafter"), map(str, folders), strict=True), backend="reference")
     config = ray_app.RayConfig(
-        model={"a": 1}, options={"max_tokens": 3}, names=("first",), settings=SETTINGS
+        model=model, options={"max_tokens": 3}, names=("first",), settings=SETTINGS
     )
     replica, asked, relayed = ray_app.Replica(config), [], []
 
