@@ -53,19 +53,6 @@ def loaded(client):
     return {model.model for model in client.ps().models}
 
 
-def test_ollama(client, texts):
-    assert [model.model for model in client.list().models] == [*NAMES]
-    assert loaded(client) == set()
-    for name in NAMES:
-        for spelled in (name.upper(), f"{name}:latest"):
-            answer = client.chat(spelled, USER, options=SHORT)
-            assert answer.message.content == texts[name]
-    assert loaded(client) == {*NAMES}
-    with pytest.raises(ollama.ResponseError, match="model 'four' not found") as refused:
-        client.chat("four", USER)
-    assert refused.value.status_code == 404
-
-
 def test_openais_helper_for_streams(server, model):
     expected = model.generate(USER, **OPTIONS).text
     stop = expected[2]  # it refuses answers that were cut off by their length
@@ -77,12 +64,12 @@ def test_openais_helper_for_streams(server, model):
 
 
 def test_ollama_loads_and_puts_away(several, client, loads):
-    assert client.generate("two").done_reason == "load"
+    assert client.generate("two:latest").done_reason == "load"
     assert loaded(client) == {"two"}
-    assert client.generate("two", keep_alive=0).done_reason == "unload"
+    assert client.generate("TWO:latest", keep_alive=0).done_reason == "unload"
     wait_until(lambda: loaded(client) == set())
     assert client.chat("two", []).done_reason == "load"
-    client.chat("two", USER, options=SHORT, keep_alive=0)
+    client.chat("Two:latest", USER, options=SHORT, keep_alive=0)
     wait_until(lambda: loaded(client) == set())
     assert client.generate("One", keep_alive=0).done_reason == "unload", "it was not in memory"
     assert loads.counts == {"two": 2}

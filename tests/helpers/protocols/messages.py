@@ -68,17 +68,19 @@ class Messages(Protocol):
             if not stream:
                 return self._read(client.messages.create(**self.body(ask)))
             streamed = Answer()
-            signatures = 0
+            kinds = []
             with client.messages.stream(**self.body(ask)) as events:
                 for event in events:
-                    signatures += event.type == "signature"
+                    kinds.append(event.type)
                     if event.type == "text":
                         streamed.add(event.text, None)
                     elif event.type == "thinking":
                         streamed.add(None, event.thinking)
                 answer = self._read(events.get_final_message())
         assert (answer.text, answer.thinking) == (streamed.text, streamed.thinking)
-        assert signatures == bool(answer.thinking)
+        assert kinds.count("signature") == bool(answer.thinking)
+        whole = [kind for kind in kinds if kind.startswith("message")]
+        assert whole == ["message_start", "message_delta", "message_stop"]
         answer.pieces = streamed.pieces
         return answer
 

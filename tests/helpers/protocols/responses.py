@@ -81,4 +81,10 @@ class Responses(OpenAI):
         return answer
 
     def last_message(self, text: str) -> str:
-        return self.frames(text)[-1]["response"]["error"]["message"]
+        error, failed = self.frames(text)[-2:]
+        assert text.count("event: error\n") == text.count("event: response.failed\n") == 1
+        assert (error["type"], failed["type"]) == ("error", "response.failed")
+        fault = {"code": error["code"], "message": error["message"]}
+        assert (failed["response"]["status"], failed["response"]["error"]) == ("failed", fault)
+        assert error["code"] in ("server_error", "timeout", "memory", "internal_error")
+        return error["message"]
