@@ -18,7 +18,12 @@ from bodies import (
     responses,
     text,
 )
+from recordings import recording
 from servers import check_error
+
+from treeflash.serving import application
+from treeflash.serving.schemas import MAX_FAULTS, MAX_ITEMS, Function, allowed_tools
+from treeflash.serving.service import Service
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -66,7 +71,10 @@ WRONG = [
         max_completion_tokens=[5],
         seed=[-1, 2**64, "a"],
         presence_penalty=["x", 2.5, -2.1],
-        logit_bias=[{"a": 1}, {"-1": 1}, [1]],
+        logit_bias=[
+            *({"a": 1}, {"-1": 1}, [1]),
+            *({"5": bias} for bias in (1e30, -101, 101, float("nan"), "x")),
+        ],
         frequency_penalty=[float("-inf"), 2.1],
         repetition_penalty=[0, 101],
         stop=["", ["a", ""], ["a"] * 17, [1], ["a" * 1001]],
@@ -119,12 +127,16 @@ WRONG = [
         top_p=[0, 1.1],
         tools=[[{"type": "function", "name": f"f{i}"} for i in range(257)]],
     ),
-    # Decoding
-    *(
-        (chat(logit_bias={"5": bias}), "logit_bias")
-        for bias in (1e30, -101, 101, float("nan"), "x")
+    *each(
+        chat,
+        end=" is not supported",
+        audio=[{}],
+        web_search_options=[{}],
+        max_images=[99],
+        best_of=[2],
     ),
-    (chat(n=0), "n:"),
+    *each(chat, end=": ", n=[0]),
+    # Decoding
     (chat(n=1000), "at most 16"),
     (chat(logit_bias={"9999": 1}), "vocabulary"),
     (chat(stream=True, stream_options={"other": True}), "stream_options.other"),
@@ -133,11 +145,7 @@ WRONG = [
     (text(return_progress=True), "return_progress applies to streams only"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
     # Fields and values that this server does not have
-    (chat(audio={}), "audio is not supported"),
     (chat(modalities=["text", "audio"]), "modalities.1"),
-    (chat(web_search_options={}), "web_search_options is not supported"),
-    (chat(max_images=99), "max_images is not supported"),
-    (chat(best_of=2), "best_of is not supported"),
     (text(include_reasoning=True), "include_reasoning is not supported"),
     (text(suffix="x"), "suffix needs a model whose tokenizer has tokens to fill a gap, such as"),
     (text(prompt=[1, 2], suffix="x"), "suffix needs a prompt that is a text, not token ids"),
@@ -390,3 +398,101 @@ def test_no_field_of_a_request_names_a_file_a_url_or_a_template(server):
     # Images may only be embedded: test_images.py shows that other URLs and ids are refused.
     odd -= {"image_url", "url", "file_id"}
     assert odd == {"chat_template_kwargs"}, "whose `chat_template` is reserved"
+
+
+# A body of a few megabytes is refused without work for each of its items: bodies are checked in the
+# event loop, and a fault takes longer to describe than an item to check. A body with a million
+# faults would hold up all streams for minutes.
+
+MANY = 3 * MAX_ITEMS
+PART = {"type": "text", "text": "a"}
+NAMES = {f"x{i}": 0 for i in range(MANY)}
+NAMESPACE = {"type": "namespace", "name": "n", "tools": [{}] * MANY}
+FAULTY = {
+    "messages": chat(messages=[{}] * MANY),
+    "messages that are no objects": chat(messages=[0] * MANY),
+    "parts": chat(messages=[{"role": "user", "content": [{}] * MANY}]),
+    "calls": chat(messages=[{"role": "assistant", "tool_calls": [{}] * MANY}]),
+    "tools": chat(tools=[{}] * MANY),
+    "biases": chat(logit_bias=NAMES),
+    "unknown fields": chat(**NAMES),
+    "metadata": chat(metadata=NAMES),
+    "prompts": text(prompt=[{}] * MANY),
+    "token ids": text(prompt=[-1] * MANY),
+    "lists of token ids": text(prompt=[[]] * MANY),
+    "items": responses(input=[{}] * MANY),
+    "functions of a namespace": responses(tools=[NAMESPACE]),
+    "turns": messages(messages=[{}] * MANY),
+    "blocks": messages(messages=[{"role": "user", "content": [{}] * MANY}]),
+    "messages of Ollama": ollama("chat", messages=[{}] * MANY),
+    "images of Ollama": ollama("generate", prompt="a", images=[0] * MANY),
+    "tools to tokenize": (TOKENIZE, {"messages": [USER], "tools": [{}] * MANY}),
+    "tokens": ("/detokenize", {"tokens": [-1] * MANY}),
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_few_faults_are_described(server, name):
+    with recording(application, "field_error") as described:
+        assert server.post(*FAULTY[name]).status_code == 400
+    errors, _ = described[0]
+    assert len(errors) <= MAX_FAULTS
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        chat(messages=[USER] * (MAX_ITEMS + 1)),
+        chat(messages=[{"role": "user", "content": [PART] * (MAX_ITEMS + 1)}]),
+        responses(input=[USER] * (MAX_ITEMS + 1)),
+        messages(messages=[USER] * (MAX_ITEMS + 1)),
+        text(prompt=[[1]] * (MAX_ITEMS + 1)),
+        responses(metadata={f"x{i}": "" for i in range(MAX_ITEMS + 1)}),
+    ],
+    ids=range(6),
+)
+def test_no_list_is_longer_than_conversations_are(server, request_):
+    check_error(server.post(*request_), 400, f"at most {MAX_ITEMS} items")
+
+
+def test_entries_are_named_if_they_are_few(server):
+    check_error(server.chat(metadata={"a": 1, "b": 2}), 400, "metadata.a")
+    assert check_error(server.chat(metadata=NAMES), 400) == f"metadata: {MANY} entries are invalid"
+
+
+def test_too_many_prompts_are_refused_before_any_is_encoded(server):
+    with recording(Service, "encode") as encoded:
+        response = server.complete(["a"] * MAX_ITEMS)
+    check_error(response, 400, f"asks for {MAX_ITEMS} answers")
+    assert not encoded
+
+
+class Counting(str):
+    """A text that counts how often any of its kind is compared."""
+
+    compared = 0
+
+    def __eq__(self, other):
+        type(self).compared += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+@pytest.fixture
+def counting():
+    """A kind of texts of its own, which nothing has compared yet."""
+    return type("Counting", (Counting,), {})
+
+
+def test_names_of_tools_are_not_compared_each_with_each(counting):
+    functions = [Function.model_construct(name=counting(f"f{i}")) for i in range(1000)]
+    allowed_tools(functions, None)
+    assert counting.compared < len(functions)
+
+
+def test_the_name_of_a_type_is_not_looked_for_among_the_items(counting):
+    error = {"type": "missing", "loc": ("body", "input", counting("list"), 0, "role")}
+    path = application.field_path(error, {"input": [{}] * 1000})
+    assert path == ["input", "0", "role"]
+    assert counting.compared < 10
