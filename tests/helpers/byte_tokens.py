@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -34,6 +35,16 @@ def save_tokenizer(folder: Path, more: Sequence[str] = ()) -> Path:
     if not (generation_config := folder / "generation_config.json").exists():
         generation_config.write_text("{}")
     return folder
+
+
+def byte_pair(
+    folder: Path, family: str = "llama", seed: int = 3, more: Sequence[str] = (), **settings: Any
+) -> tuple[Path, Path]:
+    """Write a tiny pair with this tokenizer; returns the folders of target and drafter."""
+    size = len(SPECIAL) + 256 + len(more)
+    pair = write_pair(folder, family, seeds=(seed, seed + 1), vocab_size=size, **settings)
+    save_tokenizer(pair[0], more)
+    return pair
 
 
 def endless_pair(folder: Path) -> list[str]:

@@ -8,14 +8,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from byte_tokens import SPECIAL, save_tokenizer
+from byte_tokens import byte_pair
 from scripted_model import reference_model
 from servers import MAX_POSITIONS, PATIENCE
 
 from treeflash.language_model import LanguageModel, load
 from treeflash.serving.models import ModelPool, ModelSpec
 from treeflash.serving.settings import Settings
-from treeflash.testing.models import write_drafter, write_target
 
 NAMES = ("One", "two", "org/three")
 BUNDLED = "SmolLM2"
@@ -24,15 +23,10 @@ BUNDLED = "SmolLM2"
 
 def write_pairs(folder: Path) -> dict[str, tuple[Path, Path]]:
     """Write random pairs of different weights and lengths; returns their folders by name."""
-    found = {}
-    for i, name in enumerate(NAMES):
-        target, drafter = folder / str(i) / "target", folder / str(i) / "drafter"
-        length, vocabulary = MAX_POSITIONS - i, len(SPECIAL) + 256
-        write_target(target, "llama", seed=20 + i, vocab_size=vocabulary, max_positions=length)
-        save_tokenizer(target)
-        write_drafter(drafter, target, seed=30 + i)
-        found[name] = target, drafter
-    return found
+    return {
+        name: byte_pair(folder / str(i), seed=20 + i, max_positions=MAX_POSITIONS - i)
+        for i, name in enumerate(NAMES)
+    }
 
 
 def load_alone(name: str, pairs: dict[str, tuple[Path, Path]]) -> LanguageModel:

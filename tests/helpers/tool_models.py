@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from byte_tokens import SPECIAL, save_tokenizer
+from byte_tokens import byte_pair, save_tokenizer
 from scripted_model import reference_model
 
 from treeflash.language_model import LanguageModel
-from treeflash.testing.models import write_drafter, write_target
 from treeflash.text.tokenizer import Tokenizer
 
 COLOUR = {
@@ -65,8 +64,6 @@ def tool_model(
     chat_template: str = CHAT_TEMPLATE,
 ) -> LanguageModel:
     """Write and load a random pair with that tokenizer."""
-    target, drafter = folder / "target", folder / "drafter"
-    write_target(target, "llama", seed=3, vocab_size=len(SPECIAL) + 256)
+    target, drafter = byte_pair(folder)
     tool_tokenizer(target, response_template, chat_template)
-    write_drafter(drafter, target, seed=4)
     return reference_model(target, drafter)

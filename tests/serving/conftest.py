@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from byte_tokens import SPECIAL, save_tokenizer
+from byte_tokens import byte_pair
 from scripted_model import reference_model
 from servers import MAX_POSITIONS, serving, serving_pool
 from several_models import Loads, make_pool, write_pairs
@@ -15,21 +15,13 @@ from stub_images import StubProcessor
 from tool_models import tool_model
 
 from treeflash.language_model import LanguageModel
-from treeflash.testing.models import write_drafter, write_target
 from treeflash.text.grammar import GrammarCompiler
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
     """Of a target and a drafter: one token per byte; texts end by chance or by their length."""
-    folder = tmp_path_factory.mktemp("tiny")
-    target, drafter = folder / "target", folder / "drafter"
-    write_target(
-        target, "llama", seed=3, vocab_size=len(SPECIAL) + 256, max_positions=MAX_POSITIONS
-    )
-    save_tokenizer(target)
-    write_drafter(drafter, target, seed=4)
-    return target, drafter
+    return byte_pair(tmp_path_factory.mktemp("tiny"), max_positions=MAX_POSITIONS)
 
 
 @pytest.fixture(scope="session")

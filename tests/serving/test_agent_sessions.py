@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import random
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from byte_tokens import SPECIAL
+from byte_tokens import byte_pair
 from recordings import recording
 from scripted_model import reference_model
 from servers import serving
@@ -23,7 +24,6 @@ from treeflash.config import LoadConfig
 from treeflash.decoding import SchedulerConfig
 from treeflash.decoding.disk_cache import BLOCK
 from treeflash.testing import require
-from treeflash.testing.models import write_drafter, write_target
 
 pytestmark = pytest.mark.sample(1)
 
@@ -47,12 +47,8 @@ TOOLS = ("read_file", "edit_file", "run_command")
 def agent_pair(request, tmp_path_factory):
     """The folders of a tiny target and its drafter."""
     folder = tmp_path_factory.mktemp(request.param)
-    target, drafter = folder / "target", folder / "drafter"
-    write_target(
-        target, request.param, seed=3, vocab_size=len(SPECIAL) + 256, max_positions=1 << 16
-    )
+    target, drafter = byte_pair(folder, request.param, max_positions=1 << 16)
     tool_tokenizer(target, chat_template=CHAT_TEMPLATE)
-    write_drafter(drafter, target, seed=4)
     return target, drafter
 
 
@@ -71,19 +67,17 @@ def fast_model(agent_pair):
     return replace(reference_model(*agent_pair), backend=pair)
 
 
-@dataclass(frozen=True)
-class Size:
-    """A session: characters of the system message and of a tool's result, and its turns."""
+class Size(NamedTuple):
+    """A session: characters of the system message and of a tool's result."""
 
     system: int
     result: int
-    turns: int
 
 
-SMALL = Size(700, 100, 6)
+SMALL = Size(700, 100)
 SHORT_INTERVAL = 512
 """Tokens between the states that recurrent layers keep of a small session."""
-FULL = Size(14_500, 1550, 40)
+FULL, TURNS = Size(14_500, 1550), 40
 """An agent's day: 15,000 tokens of instructions and tools, and 60,000 at its end."""
 
 
@@ -197,12 +191,6 @@ def replay(client, session, turns):
         assert disk == 0
 
 
-def test_each_turn_runs_what_is_new(agent_model):
-    client = Client()
-    with client.connected(agent_model):
-        replay(client, Session("main"), SMALL.turns)
-
-
 @pytest.mark.nightly
 @pytest.mark.usefixtures("own_cache")
 def test_a_session_of_full_size(fast_model, tmp_path):
@@ -215,18 +203,18 @@ def test_a_session_of_full_size(fast_model, tmp_path):
     recurrent = fast_model.backend.open(1, drafts=False).needs_snapshots
     lost = interval if recurrent else 1
     with client.connected(fast_model, **settings):
-        replay(client, main, FULL.turns // 4)
+        replay(client, main, TURNS // 4)
         for helper in helpers:
             client.send(helper, lost=lost)
         for _ in range(4):
             for session in (*helpers, main):
                 replay(client, session, 1)
-        replay(client, main, FULL.turns // 2 - main.turn)
+        replay(client, main, TURNS // 2 - main.turn)
     with client.connected(fast_model, **settings):
         main.go_on()
         cached, disk = client.send(main, lost=1 if recurrent else BLOCK)
         assert cached == disk > FULL.system
-        replay(client, main, FULL.turns - main.turn)
+        replay(client, main, TURNS - main.turn)
         assert len(client.prompts[-1]) >= 60_000
         main.compact()
         cached, _ = client.send(main, lost=lost)

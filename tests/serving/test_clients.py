@@ -29,15 +29,6 @@ SHORT = {"num_predict": TOKENS}
 OPTIONS = {"max_tokens": TOKENS, "temperature": 1.0, "seed": 3}
 
 
-@pytest.fixture(scope="module")
-def texts(pairs):
-    """Each model's answer, which the Python API gives."""
-    return {
-        name: reference_model(*folders).generate(USER, max_tokens=TOKENS).text
-        for name, folders in pairs.items()
-    }
-
-
 @pytest.fixture
 def several(serve_models):
     return serve_models()
@@ -141,13 +132,14 @@ def llm(url, folder, *args):
 
 
 @pytest.mark.nightly
-def test_llm(several, texts, tmp_path):
+def test_llm(several, pairs, tmp_path):
     few = ("-o", "num_predict", str(TOKENS), "--hide-reasoning")
     for name in NAMES:
         said = llm(several.url, tmp_path, "-m", f"ollama/{name}", *few, "Hello.")
-        assert said == texts[name].rstrip("\n")
+        text = reference_model(*pairs[name]).generate(USER, max_tokens=TOKENS).text
+        assert said == text.rstrip("\n")
     said = llm(several.url, tmp_path, "--continue", *few, "--no-stream", "And now?")
-    answer = {"role": "assistant", "content": texts[name]}
+    answer = {"role": "assistant", "content": text}
     turns = [*USER, answer, {"role": "user", "content": "And now?"}]
     body = {"model": name, "messages": turns, "max_tokens": TOKENS}
     answer = several.post("/v1/chat/completions", body).json()

@@ -8,12 +8,11 @@ from itertools import product
 import openai
 import pytest
 from bodies import ollama
-from byte_tokens import SPECIAL, save_tokenizer
+from byte_tokens import byte_pair
 from scripted_model import reference_model
 from servers import MAX_POSITIONS, NAME, check_error, serving
 
 from treeflash.errors import PromptError
-from treeflash.testing.models import write_drafter, write_target
 from treeflash.text.infill import GAP_TOKENS, Infill, infill_of
 from treeflash.text.tokenizer import Tokenizer
 
@@ -36,14 +35,8 @@ def special_tokens(family):
     return [x for x in (tokens.before, tokens.after, tokens.middle, *tokens.ends) if x]
 
 
-def write_pair(folder, family):
-    target, drafter = folder / "target", folder / "drafter"
-    more = special_tokens(family)
-    size = len(SPECIAL) + 256 + len(more)
-    write_target(target, "llama", seed=3, vocab_size=size, max_positions=MAX_POSITIONS)
-    save_tokenizer(target, more)
-    write_drafter(drafter, target, seed=4)
-    return target, drafter
+def write_family(folder, family):
+    return byte_pair(folder, more=special_tokens(family), max_positions=MAX_POSITIONS)
 
 
 def expected_ids(tokenizer, family):
@@ -57,7 +50,7 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def coder(tmp_path_factory, family):
-    return reference_model(*write_pair(tmp_path_factory.mktemp(family), family))
+    return reference_model(*write_family(tmp_path_factory.mktemp(family), family))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +61,7 @@ def editor(coder):
 
 @pytest.mark.parametrize("family", FORMS)
 def test_prompts_have_the_order_of_their_family(tmp_path, family):
-    tokenizer = Tokenizer.from_folder(write_pair(tmp_path, family)[0])
+    tokenizer = Tokenizer.from_folder(write_family(tmp_path, family)[0])
     infill = Infill.find(tokenizer)
     assert infill.encode(BEFORE, AFTER) == expected_ids(tokenizer, family)
     declared = tokenizer.transformers.convert_tokens_to_ids(special_tokens(family))

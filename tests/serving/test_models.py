@@ -112,11 +112,9 @@ def test_random_requests_with_the_default_pair(pairs, smollm2, alone):
 
 def ask_at_random(server, loads, alone, count):
     """Send so many requests from each of 8 clients, and compare the answers with the models'."""
-    texts = {
-        (name, messages): generate(model, messages=messages)
-        for name, model in alone.items()
-        for messages in (True, False)
-    }
+    texts = {(name, True): answer_of(model) for name, model in alone.items()}
+    for name, model in alone.items():
+        texts[name, False] = model.generate(Ask.text, raw=True, max_tokens=TOKENS).text
     answered: Counter[str] = Counter()
 
     def client(seed):
@@ -141,11 +139,6 @@ def ask_at_random(server, loads, alone, count):
     assert put_away.total() == loads.counts.total() - len(in_memory(server)) > 3
     assert len(in_memory(server)) <= 2
     assert sum(counted(server, "num_requests_running").values()) == 0
-
-
-def generate(model, *, messages):
-    prompt = [{"role": "user", "content": Ask.text}] if messages else Ask.text
-    return model.generate(prompt, raw=not messages, max_tokens=TOKENS).text
 
 
 def leave(url, api, asked, rng):

@@ -63,14 +63,13 @@ def check(call):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"response_format": FORMAT},
         {"structured_outputs": {"json": PAINT}},
         {"structured_outputs": {"regex": "(red|blue)!", "json": None, "disable_fallback": None}},
         {"structured_outputs": {"choice": ["red!", "blue!"]}},
         {"structured_outputs": {"grammar": 'start: ("red" | "blue") "!"'}},
         {"structured_outputs": {"grammar": 'root ::= ("red" | "blue") "!"'}},
     ],
-    ids=["format", "json", "regex", "choice", "lark", "gbnf"],
+    ids=["json", "regex", "choice", "lark", "gbnf"],
 )
 @pytest.mark.parametrize("path", [PATH, "/v1/completions"])
 def test_structured_output(server, path, fields):
