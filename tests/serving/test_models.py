@@ -23,11 +23,9 @@ from servers import MAX_POSITIONS, PATIENCE, Gate, check_error, serving_pool, wa
 from several_models import BUNDLED, NAMES, Loads, load_alone, make_pool
 
 from treeflash.decoding.disk_cache import BLOCK
-from treeflash.errors import CheckpointError, ConfigError
+from treeflash.errors import CheckpointError
 from treeflash.language_model import LanguageModel
 from treeflash.serving.application import application
-from treeflash.serving.models import ModelPool, ModelSpec
-from treeflash.serving.settings import Settings
 
 pytestmark = pytest.mark.sample(1)
 
@@ -333,28 +331,6 @@ def test_conversations_go_on_after_the_next_load(serve_models, loads, alone, own
         stored = len([*states.rglob("*")])
     assert cached[:2] == [0, 0]
     assert cached[2] >= BLOCK
-
-
-@streams
-@apis
-def test_a_server_that_ends_while_a_model_is_loaded(serve_models, loads, api, stream):
-    server = serve_models()
-    loads.gates["two"] = threading.Event()
-    body = api.body(Ask(model="two")) | {"stream": stream}
-    with ThreadPoolExecutor(1) as clients:
-        waiting = clients.submit(server.post, api.path, body)
-        wait_until(lambda: loads.begun["two"])
-        server.server.handle_exit(15, None)
-        response = waiting.result()
-        loads.gates["two"].set()
-    assert check_error(response, 503) == "the server is shutting down"
-
-
-def test_two_models_of_one_name(pairs):
-    spec = ModelSpec(names=("a",), load=lambda: None, settings=Settings(), defaults={})
-    other = ModelSpec(names=("b", "A"), load=lambda: None, settings=Settings(), defaults={})
-    with pytest.raises(ConfigError, match="two models have the name A; give one of them another"):
-        ModelPool([spec, other], Settings())
 
 
 def test_lists_of_models(serve_models, pairs):

@@ -149,21 +149,16 @@ def test_the_precision_of_most_weights(tmp_path, settings, expected):
     assert ModelFacts.of_folder(tmp_path, None, images=False).precision == expected
 
 
-def test_models_are_listed_and_shown(client):
-    assert [model.model for model in client.list().models] == [NAME]
-    assert [model.model for model in client.ps().models] == [NAME]
-    shown = client.show(f"{NAME}:latest")
-    assert shown.modelinfo["llama.context_length"] > 0
-    assert shown.modelinfo["general.basename"] == NAME
-    assert set(shown.capabilities) == {"completion", "tools", "thinking"}
-
-
 def test_what_is_told_about_a_model(client, server):
     target = server.engine.model.folder / "model.safetensors"
     count = sum(weights.size for weights in load_file(target).values())
-    shown = client.show(NAME)
+    shown = client.show(f"{NAME}:latest")
     assert shown.modelinfo["general.parameter_count"] == count
+    assert shown.modelinfo["general.basename"] == NAME
+    assert shown.modelinfo["llama.context_length"] == server.engine.model.backend.max_positions
+    assert set(shown.capabilities) == {"completion", "tools", "thinking"}
     (listed,) = client.list().models
+    assert listed.model == NAME
     assert listed.size == target.stat().st_size
     assert listed.details.parameter_size == shown.details.parameter_size == human_number(count)
     (loaded,) = client.ps().models
