@@ -196,7 +196,8 @@ def test_a_model_leaves_after_its_time(serve_models, loads, alone):
     gc.collect()
     assert loads.living() == 0
     server.post(*ollama("generate", model="One", keep_alive=-1))
-    body = ollama("generate", model="One", prompt="A", stream=False, keep_alive=0.01)
+    short = {"options": {"num_predict": TOKENS}, "stream": False, "keep_alive": 0.01}
+    body = ollama("generate", model="One", prompt="A", **short)
     with Gate(server.engine) as gate, ThreadPoolExecutor(1) as clients:
         running = clients.submit(server.post, *body)
         gate.allow(1)

@@ -82,7 +82,8 @@ class Responses(OpenAI):
 
     def last_message(self, text: str) -> str:
         error, failed = self.frames(text)[-2:]
-        assert text.count("event: error\n") == text.count("event: response.failed\n") == 1
+        names = [line for line in text.splitlines() if line.startswith("event: ")][-2:]
+        assert names == ["event: error", "event: response.failed"]
         assert (error["type"], failed["type"]) == ("error", "response.failed")
         fault = {"code": error["code"], "message": error["message"]}
         assert (failed["response"]["status"], failed["response"]["error"]) == ("failed", fault)
