@@ -33,6 +33,15 @@ from treeflash.serving.streaming import speculative_decoding
 from treeflash.text.stream import Assembler
 
 
+def test_loading_fails():
+    def load():
+        raise CheckpointError("no such model")
+
+    engine = Engine(load, Settings())
+    with pytest.raises(CheckpointError, match="no such model"):
+        engine.start()
+
+
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize(
     ("settings", "says"),

@@ -334,6 +334,21 @@ def test_conversations_go_on_after_the_next_load(serve_models, loads, alone, own
     assert cached[2] >= BLOCK
 
 
+@streams
+@apis
+def test_a_server_that_ends_while_a_model_is_loaded(serve_models, loads, api, stream):
+    server = serve_models()
+    loads.gates["two"] = threading.Event()
+    body = api.body(Ask(model="two")) | {"stream": stream}
+    with ThreadPoolExecutor(1) as clients:
+        waiting = clients.submit(server.post, api.path, body)
+        wait_until(lambda: loads.begun["two"])
+        server.server.handle_exit(15, None)
+        response = waiting.result()
+        loads.gates["two"].set()
+    assert check_error(response, 503) == "the server is shutting down"
+
+
 def test_lists_of_models(serve_models, pairs):
     """They know a model's length before it is loaded, and load none."""
     server = serve_models()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import httpx
 import pytest
 
 anthropic, openai = (pytest.importorskip(package) for package in ("anthropic", "openai"))
+from failures import failing
 from protocols.responses import Responses
 from pydantic import TypeAdapter
 from servers import NAME
 from tool_models import COLOUR
 
 from treeflash.serving.anthropic import MessagesRequest
+from treeflash.serving.errors import SERVER_FAILED
 from treeflash.serving.responses import ResponsesRequest
 
 ResponseStreamEvent = openai.types.responses.ResponseStreamEvent
@@ -236,3 +239,9 @@ def test_details_of_the_usage(responses):
     assert found.usage.input_tokens_details.cache_write_tokens == 0, "nobody pays for them"
     again = responses.responses.create(**asked, reasoning=reasoning).usage
     assert again.input_tokens_details.cached_tokens > again.input_tokens / 2
+
+
+def test_a_failure_ends_a_response_with_events(server):
+    with failing(server.engine.scheduler, "step", ZeroDivisionError):
+        response = httpx.post(f"{server.url}/v1/responses", json={"input": "Hi", "stream": True})
+    assert Responses().last_message(response.text) == SERVER_FAILED

@@ -221,6 +221,7 @@ def test_the_ingress_and_its_replica(ray_app, folders):
 
     try:
         vars(ray_app.serve)["get_deployment_handle"] = handle
+        assert replica.pool.models[0].service.engine.model.folder == folders[0]
         app = ray_app.build(config).target()
         assert asked[0] == ("Replica", {"app_name": "treeflash"})
         assert asked[1] == {"stream": True, "method_name": "answer"}
