@@ -171,30 +171,29 @@ class FaultyVerifier(Verifier):
     def __init__(self, backend: FaultyBackend) -> None:
         super().__init__(backend.target)
         self.backend = backend
-        self.running: list[State] = []  # in the present forward pass
-        self.committing: list[State] = []  # in the latest commit
+        self.states: list[State] = []  # of the latest call
+        self.commits = 0  # of that call
 
     def run(self, work: Any) -> Any:
-        self.backend.faults.visit("run", [item.state for item in work])
-        assert all(item.state in self.backend.opened for item in work), "a closed state was run"
+        self.states, self.commits = [item.state for item in work], 0
+        self.backend.faults.visit("run", self.states)
+        assert all(state in self.backend.opened for state in self.states), "a closed state was run"
         self.backend.passes.append(list(work))
-        self.running = [item.state for item in work]
-        try:
-            found = super().run(work)
-        finally:
-            self.running = []
+        found = super().run(work)
         self.backend.check_memory()
         return found
 
-    def _commit(self, paths: Any) -> None:
-        self.committing = self.running or [path.state for path in paths]
-        self.backend.faults.visit("commit", self.committing)
-        super()._commit(paths)
+    def commit(self, verified: Any, paths: Any) -> None:
+        self.states, self.commits = [state for state, _ in paths], 0
+        super().commit(verified, paths)
         self.backend.check_memory()
 
     def commit_one(self, state: Any, outputs: Any, path: Any) -> None:
+        if not self.commits:
+            self.backend.faults.visit("commit", self.states)
+        self.commits += 1
         super().commit_one(state, outputs, path)
-        self.backend.faults.visit("one commit", self.committing)
+        self.backend.faults.visit("one commit", self.states)
 
 
 class FaultyDrafter(Drafter):

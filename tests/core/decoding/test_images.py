@@ -1,10 +1,10 @@
 """Images in prompts: positions, chunks, and which states other prompts may share."""
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_models import FakeState
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -112,19 +112,6 @@ def test_digests_know_shapes_names_and_dtypes():
     assert Image(5, 9, {"pixel_values": columns}).digest == digests[0]
 
 
-@dataclass(eq=False)
-class State:
-    ids: list
-    digests: dict
-    nbytes: int = 1
-
-    def restorable(self, length):
-        return length
-
-    def close(self):
-        pass
-
-
 def seen(ids, digests, length):
     """Return what the positions of a state depend on."""
     return ids[:length], {first: x for first, x in digests.items() if first < length}
@@ -139,13 +126,15 @@ PARTS = st.lists(
 
 @given(st.lists(PARTS, min_size=2, max_size=6), st.integers(1, 3))
 def test_no_state_that_is_found_has_seen_another_image(prompts, block):
-    cache, keys, longest = PrefixCache(100), {}, 0
+    cache, keys, kept, longest = PrefixCache(100), {}, {}, 0
     made = [
         prompt(*([x if isinstance(x, list) else (pixels(x[0]), x[1]) for x in parts]))
         for parts in prompts
     ]
     for ids, images in made[:-1]:
-        cache.put(Prefix("pair", ids, images.digests), State(ids, images.digests))
+        state = FakeState(None, drafts=False, tokens=ids)
+        kept[state] = ids, images.digests
+        cache.put(Prefix("pair", ids, images.digests), state)
     ids, images = made[-1]
     found = cache.find(Prefix("pair", ids, images.digests))
     for other, its_images in made[:-1]:
@@ -160,7 +149,7 @@ def test_no_state_that_is_found_has_seen_another_image(prompts, block):
     else:
         state, length = found
         assert length == longest
-        assert seen(ids, images.digests, length) == seen(state.ids, state.digests, length)
+        assert seen(ids, images.digests, length) == seen(*kept[state], length)
     # Keys of files are equal exactly where states are.
     for ids, images in made:
         of_prompt = PrefixKeys(b"root", ids, block, images.digests)
