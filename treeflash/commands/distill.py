@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from treeflash.cli import options as cli
 from treeflash.cli.console import Parser, guarded
-from treeflash.cli.options import add_device_options, add_options, load_model
 from treeflash.errors import ConfigError
 from treeflash.interruption import EXIT_INTERRUPTED
 from treeflash.text.prompt import Row, read_rows
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = _rows(args, config.seed)
     with response_file(args.output) as file:  # before the model is loaded
         # No drafter is loaded: with many prompts at once, plain decoding keeps the device busy.
-        model = load_model(args, drafter=False)
+        model = cli.load_model(args, drafter=False)
         distillation = Distillation(model, config, file, rows)
         try:
             distillation.check()
@@ -105,6 +105,6 @@ def make_parser() -> Parser:
         metavar="FILE.jsonl",
         help="write one line per response; prompts already answered in the file are skipped",
     )
-    add_options(parser, DistillConfig)
-    add_device_options(parser)
+    cli.add_options(parser, DistillConfig)
+    cli.add_device_options(parser)
     return parser

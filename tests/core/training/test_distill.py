@@ -44,11 +44,11 @@ def output(tmp_path):
 
 
 @pytest.fixture
-def distill(monkeypatch, output, capsys):
+def distill(use, output, capsys):
     """Run the command with a model; return the exit status and standard error."""
 
     def distill(model, *options):
-        monkeypatch.setattr(command, "load_model", lambda args, drafter: model)
+        use(model)
         capsys.readouterr()
         code = command.main(["--output", str(output), *map(str, options)])
         return code, capsys.readouterr().err
