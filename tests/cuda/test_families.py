@@ -399,16 +399,21 @@ def test_an_adapter_of_other_layers_is_refused(tmp_path, name, shape, reason):
         add_adapter(model, tmp_path)
 
 
-def test_custom_attention_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("kv_heads", "reason"),
+    [(4, "compute attention in a way"), (2, "has a mask for each query head")],
+)
+def test_custom_attention_is_refused(tmp_path, kv_heads, reason):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
-    config = DogeConfig(**sizes, vocab_size=32, num_attention_heads=4, keep_window_size=4)
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": kv_heads}
+    config = DogeConfig(**sizes, vocab_size=32, keep_window_size=4)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.5)
     model.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="doge models compute attention in a way"):
+    with pytest.raises(UnsupportedModelError, match=f"doge.* {reason}"):
         load(tmp_path, None, CPU)
 
 

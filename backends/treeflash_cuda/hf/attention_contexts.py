@@ -280,6 +280,10 @@ class MaskedContext:
             raise UnsupportedModelError(
                 f"{name} attends without a mask, so it cannot run a draft tree"
             )
+        if inputs.mask is not None and inputs.mask.shape[1] not in (1, inputs.key.shape[1]):
+            raise UnsupportedModelError(
+                f"{name} has a mask for each query head, so it cannot run a draft tree"
+            )
         if not self.one_by_one:
             return self._attend_together(inputs, seen, masks)
         queries = inputs.query.split(self.rows, 2)
