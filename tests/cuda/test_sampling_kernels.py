@@ -17,7 +17,6 @@ from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.sampling import LogitEdits, Noise, SamplingParams, position_keys
 from treeflash.decoding.session import SequenceSession
 from treeflash.testing import DIALECTS, require
-from treeflash.testing.comparisons import assert_equal_tables
 from treeflash.testing.models import write_dialect, write_pair
 
 require("torch")
@@ -194,4 +193,6 @@ def test_tables_have_the_tokens_of_tables_without_kernels(tmp_path, monkeypatch,
         noisy_log_probs=noise_kernels.noisy_log_probs,
     )
     for one, other in zip(make(blocks, options), expected, strict=True):
-        assert_equal_tables(one, other)
+        for name in ("tokens", "next_row"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)

@@ -264,7 +264,7 @@ WRONG = [
     (ollama("generate", prompt="Hi", raw=True, system="Be kind."), "raw has no template"),
     (ollama("generate", prompt="Hi", suffix="."), "suffix needs a model whose tokenizer has"),
     (ollama("generate", keep_alive="soon"), "keep_alive must be seconds or a text such as"),
-    # Lists longer than those of conversations
+    # Lists longer than conversations have
     *(
         (request(**{field: value}), f"at most {MAX_ITEMS} items")
         for request, field, value in (

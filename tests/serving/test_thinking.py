@@ -135,6 +135,11 @@ def test_messages_think_for_their_budget(server, model):
     thought = short["content"][0]["thinking"]
     unlimited = server.chat(max_tokens=13, reasoning_effort="high").json()
     assert thought == unlimited["choices"][0]["message"]["reasoning_content"]
+    asked = {"messages": HELLO, "max_tokens": 13, "reasoning_effort": "high"}
+    frames = server.frames("/v1/chat/completions", **asked)
+    parts = [frame["choices"][0]["delta"].get("reasoning_content", "") for frame in frames]
+    assert "".join(parts) == thought
+    assert len(list(filter(None, parts))) > 2
     assert [block["type"] for block in short["content"]] == ["thinking", "text"]
     assert short["usage"]["output_tokens"] == 60
 
