@@ -48,7 +48,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from benchmarks.common import Parser, describe, show, write_json
-from treeflash.cli.console import guarded
+from treeflash.cli.console import guarded, plain_console
 from treeflash.cli.options import add_model_options, add_parallel_option, load_model
 from treeflash.config import DecodeConfig, Parallel
 from treeflash.decoding.interfaces import Backend
@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name: encode_rows(model, prompts, {Case("ar", 1): config}) for name, prompts in rows.items()
     }
     lengths = Lengths()
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = plain_console()
     try:
         lengths.measure(model.backend, sets, config, console, args.parallel)
     finally:

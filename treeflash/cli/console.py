@@ -124,6 +124,11 @@ def _fail(message: str, status: int = EXIT_BAD_INPUT) -> int:
     return status
 
 
+def plain_console(*, soft_wrap: bool = True, quiet: bool = False) -> Console:
+    """Create a console on standard error that prints texts as they are, with brackets in names."""
+    return Console(stderr=True, markup=False, highlight=False, soft_wrap=soft_wrap, quiet=quiet)
+
+
 def progress(console: Console, *more: ProgressColumn) -> Progress:
     """Create a progress bar with a description, a count and the remaining time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

@@ -9,6 +9,7 @@ from functools import partial
 from rich.console import Console
 
 from treeflash.cli import options as cli
+from treeflash.cli.console import plain_console
 from treeflash.cli.prompt_batch import run_batch
 from treeflash.cli.single_prompt import (
     IMAGE_PROMPT,
@@ -30,7 +31,7 @@ from treeflash.text.prompt import Prompt, with_images
 def run(args: argparse.Namespace) -> int:
     """Generate as the command line says; returns the exit status of `treeflash generate`."""
     options = cli.decode_options(args)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = plain_console()
     load = partial(_load, args, options, console)
     if args.prompts is not None or args.output is not None:
         if args.prompts is None or args.output is None:

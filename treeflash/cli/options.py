@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin
 
 from rich.console import Console
+from rich.text import Text
 
 from treeflash.config import AUTO, LoadConfig, Parallel
 from treeflash.hub.published import model_name
@@ -197,5 +198,5 @@ def load_model(
     with never_swallowed():
         pair = locate_model(args, methods, **changes)
         # The models are on this machine by now: a download would show its own progress bar.
-        with Console(stderr=True).status(f"loading {model_name(pair.target)}"):
+        with Console(stderr=True).status(Text(f"loading {model_name(pair.target)}")):
             return pair.load()

@@ -60,7 +60,8 @@ def run_batch(
                 batch.run(model, options, args.parallel or AUTO, console, suffix_cache)
             except KeyboardInterrupt:
                 report = batch.report()
-                console.print(f"interrupted; {report}; run the same command again to resume")
+                resume = "run the same command again to resume"
+                console.print(f"interrupted; {report}; {resume}")
                 return EXIT_INTERRUPTED
     console.print(batch.report())
     return EXIT_BAD_INPUT if batch.errors else 0
@@ -165,14 +166,18 @@ class PromptBatch:
                 self.seconds = time.perf_counter() - started
 
     def report(self) -> str:
-        """Format the numbers of turns decoded and failed, block efficiency and speed."""
-        records, errors = self._records(), self.errors
+        """Format the numbers of turns decoded and failed, block efficiency, speed and an error."""
+        records = self._records()
+        failed = [record for record in records if "error" in record]
         lengths = [n for record in records for n in record.get("accepted_lengths", ())]
-        return (
-            f"{self.output.path}: {len(records) - errors} of {len(self._keys)} turns decoded, "
-            f"{errors} with errors, block efficiency {mean(lengths):.2f}"
-            + (f", {self.tokens / self.seconds:.1f} tokens/s" if self.tokens else "")
-        )
+        parts = [
+            f"{len(records) - len(failed)} of {len(self._keys)} turns decoded",
+            f"{len(failed)} with errors",
+            *([f"block efficiency {mean(lengths):.2f}"] if lengths else []),
+            *([f"{self.tokens / self.seconds:.1f} tokens/s"] if self.tokens else []),
+        ]
+        first = "; first error, id {id!r}: {error}".format(**failed[0]) if failed else ""
+        return f"{self.output.path}: {', '.join(parts)}{first}"
 
     @property
     def _keys(self) -> list[TurnKey]:

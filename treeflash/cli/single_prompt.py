@@ -21,7 +21,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from treeflash.cli.console import LONG_PROMPT, reading
-from treeflash.config import AUTO, Parallel, SamplingConfig
+from treeflash.config import AUTO, SEEDS, Parallel, SamplingConfig
 from treeflash.decoding import interfaces
 from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import noisy_logits, position_keys
@@ -312,10 +312,8 @@ def run_text(
     if as_json:
         print(json.dumps({**names, **generation.to_dict()}))
     elif generation.log_probs is not None:
-        console.print(
-            list_log_probs(generation.log_probs, stream.assembler.tokenizer), markup=False
-        )
-    console.print(summarise(generation, console.width), markup=False)
+        console.print(list_log_probs(generation.log_probs, stream.assembler.tokenizer))
+    console.print(summarise(generation, console.width))
     if captures := interfaces.count_captures(stream.assembler.backend):
         console.print(
             f"{_count(captures, 'graph')} captured or compiled, in the times above or before"
@@ -368,16 +366,17 @@ def run_answers(
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     finally:
-        answers.sort(key=lambda answer: answer.seed)
+        first = options.get("seed", 0)
+        answers.sort(key=lambda answer: (answer.seed - first) % SEEDS)
         for answer in answers:
             if as_json:
                 print(json.dumps({**model.names, **answer.to_dict()}))
                 continue
-            number = answer.seed - options.get("seed", 0) + 1
+            number = (answer.seed - first) % SEEDS + 1  # seeds begin again at 0 after the largest
             console.print(f"answer {number} of {n}, seed {answer.seed}:", style="bold")
             print(answer.text, flush=True)
             if answer.log_probs is not None:
-                console.print(list_log_probs(answer.log_probs, model.tokenizer), markup=False)
+                console.print(list_log_probs(answer.log_probs, model.tokenizer))
     tokens = sum(len(answer.token_ids) for answer in answers)
     lengths = [length for answer in answers for length in answer.accepted_lengths]
     interrupted = f"interrupted; {n - len(answers)} did not end; " if code else ""

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.filesize import decimal
 
-from treeflash.cli.console import Parser, guarded
+from treeflash.cli.console import Parser, guarded, plain_console
 from treeflash.cli.options import add_device_options, add_options, load_model, with_device
 from treeflash.config import AUTO, LoadConfig, write_whole
 from treeflash.drafters.config import DrafterConfig
@@ -81,7 +81,7 @@ Tokens per target forward pass on {prompts} prompts that were not trained on, tr
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse(argv)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = plain_console()
     distill = DistillConfig(**given_options(args, DistillConfig))
     check_max_tokens(distill.max_tokens)
     if args.measured < 1:

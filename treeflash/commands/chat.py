@@ -151,7 +151,6 @@ class ChatSession:
             f"[{len(generation.token_ids)} tokens, {generation.tokens_per_s:.1f} tokens/s, "
             f"block efficiency {generation.block_efficiency:.2f}, {generation.finish_reason}]",
             style="dim",
-            markup=False,
         )
 
     def run_command(self, command: str, argument: str = "") -> None:
@@ -179,7 +178,7 @@ class ChatSession:
                 self._draw(argument or "1")
             case "/speed":
                 generation = self._answer().generation()
-                self.console.print(summarise(generation, self.console.width), markup=False)
+                self.console.print(summarise(generation, self.console.width))
             case "/markdown":
                 self.markdown = not self.markdown
                 self._note(f"Markdown is {'on' if self.markdown else 'off'}")
@@ -187,7 +186,7 @@ class ChatSession:
                 self.color = not self.color
                 self._note(f"colours are {'on' if self.color else 'off'}")
             case "/help":
-                self.console.print(HELP, markup=False)
+                self.console.print(HELP)
             case _:
                 raise ConfigError(
                     f"unknown command {command}{_suggestion(command, argument)}; /help lists the "
@@ -195,7 +194,7 @@ class ChatSession:
                 )
 
     def _note(self, text: str) -> None:
-        self.console.print(text, style="dim", markup=False)
+        self.console.print(text, style="dim")
 
     def _show(self, name: str) -> None:
         """Read an image now, so that the conversation keeps it whatever becomes of the file."""
@@ -249,7 +248,7 @@ class ChatSession:
         values = {name: self.options.get(option) for name, option in options.items()}
         lines = [f"  {name} {value}" for name, value in values.items() if value is not None]
         text = "\n".join([f"{', '.join(options)}; set are:", *lines])
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     def _decode(self, assembler: Assembler) -> None:
         """Show the text of a sequence while it is decoded, until Ctrl-C is pressed."""
@@ -318,7 +317,7 @@ class ChatSession:
             write_whole(path, line + "\n")
         except OSError as error:
             raise ConfigError(f"{name} cannot be written: {error.strerror}") from None
-        self.console.print(f"saved {len(self.messages)} messages in {name}", markup=False)
+        self.console.print(f"saved {len(self.messages)} messages in {name}")
 
     def _load(self, name: str) -> None:
         path = _path("/load", name, "read")
@@ -426,7 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("chat needs a terminal; pipe prompts into `treeflash generate`")
     model = cli.load_model(args, [options.get("method")])
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     disk = None
     if args.prefix_cache_dir is not None:
         disk_bytes = int(args.prefix_cache_disk_gb * GIB)

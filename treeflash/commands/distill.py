@@ -7,10 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from treeflash.cli import options as cli
-from treeflash.cli.console import Parser, guarded
+from treeflash.cli.console import Parser, guarded, plain_console
 from treeflash.errors import ConfigError
 from treeflash.interruption import EXIT_INTERRUPTED
 from treeflash.text.prompt import Row, read_rows
@@ -27,7 +25,7 @@ from treeflash.training.distillation import (
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse(argv)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = plain_console()
     config = DistillConfig(**given_options(args, DistillConfig))
     rows = _rows(args, config.seed)
     with response_file(args.output) as file:  # before the model is loaded

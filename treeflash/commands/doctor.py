@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from treeflash.cli.console import Parser, guarded
+from treeflash.cli.console import Parser, guarded, plain_console
 from treeflash.cli.options import add_model_options, locate_model, with_device
 from treeflash.config import DecodeConfig, cache_folder
 from treeflash.decoding.interfaces import Backend
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         replace_drafter = replacers[0] if replacers and not args.draft_window else None
         return load(drafter).backend if replace_drafter is None else replace_drafter(drafter)
 
-    console = Console(stderr=True, highlight=False)
+    console = plain_console(soft_wrap=False)
     with console.status("loading the pair") as status:
 
         def report(number: int, total: int, check: str) -> None:
@@ -113,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 target_config=target_config,
                 thorough=args.thorough,
                 report=report,
-                begin=lambda found: console.print(_report(found), markup=False, soft_wrap=True),
+                begin=lambda found: console.print(_report(found), soft_wrap=True),
             )
-    console.print(f"costs: {costs[0]}", soft_wrap=True, markup=False)
+    console.print(f"costs: {costs[0]}", soft_wrap=True)
     if args.json:
         print(json.dumps({**diagnosis.to_dict(), "costs": costs[0], "drafters": sources}))
     else:

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from treeflash.cli import options as cli
-from treeflash.cli.console import Parser, guarded
+from treeflash.cli.console import Parser, guarded, plain_console
 from treeflash.config import AUTO_BYTES, AUTO_SEQUENCES, METHODS, DecodeConfig
 from treeflash.errors import ConfigError, PromptError
 from treeflash.evaluation.records import MEAN, compute_records, prompt_records
@@ -61,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sets = {name: encode_rows(model, prompts, configs) for name, prompts in rows.items()}
     config = next(iter(configs.values()))
     evaluation = Evaluation()
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = plain_console()
     try:
         evaluation.run(model.backend, sets, configs, console, args.parallel)
     finally:

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
+from rich.text import Text
 
 from treeflash.cli import options as cli
 from treeflash.cli.console import EXIT_BAD_INPUT, Parser, guarded
@@ -131,7 +132,7 @@ def _server(args: argparse.Namespace, options: list[str]) -> Iterator[Endpoint]:
                 start_new_session=True,
             )
         try:
-            with Console(stderr=True).status(f"loading {model_names(model)[0]}"):
+            with Console(stderr=True).status(Text(f"loading {model_names(model)[0]}")):
                 models = _wait_for_models(process, log, url, key)
             name = next(iter(models))
             print(f"serving {name} at {url}, log in {log}", file=sys.stderr)

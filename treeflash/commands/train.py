@@ -6,9 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
-from treeflash.cli.console import Parser, guarded
+from treeflash.cli.console import Parser, guarded, plain_console
 from treeflash.cli.options import add_device_options, add_options, with_device
 from treeflash.hub.models import resolve_target
 from treeflash.interruption import EXIT_INTERRUPTED
@@ -23,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse(argv)
     # Of the processes that `accelerate launch` starts, only the first prints.
     quiet = os.environ.get("RANK", "0") != "0"
-    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+    console = plain_console(quiet=quiet)
     config = make_train_config(given_options(args, TrainConfig))
     train = trainer(args.backend).train
     target = resolve_target(args.target)

@@ -157,7 +157,7 @@ def _cell(value: Any) -> str:
 
 def _render(tables: Sequence[Table]) -> str:
     text = io.StringIO()
-    console = Console(file=text, highlight=False)
+    console = Console(file=text, markup=False, highlight=False)
     for table in tables:
         drawing = RichTable(
             title=table.title, caption=table.note, box=box.SIMPLE, padding=(0, 1, 0, 0)

@@ -62,7 +62,11 @@ CONVERSION = 4
 """Counts changes of what files are converted to; older folders are not used."""
 PACKED = "packed"
 """Marks folders with weights that keep their bits, beside folders with bfloat16 weights."""
-PROGRESS_COLUMNS = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+PROGRESS_COLUMNS = (
+    TextColumn("{task.description}", markup=False),
+    BarColumn(),
+    TimeElapsedColumn(),
+)
 LM_STUDIO_FOLDERS = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
 """Where LM Studio keeps models, as PUBLISHER/MODEL; the second is of its older versions."""
 KINDS = {"eagle3": "EAGLE-3 head", "-assistant": "assistant"}

@@ -70,7 +70,7 @@ def talk(scripted, request):
 
     def talk(*keys: str, model=None, color=False, **options):
         file = io.StringIO()
-        console = Console(file=file, width=100, force_terminal=color, highlight=False)
+        console = Console(file=file, width=100, force_terminal=color, highlight=False, markup=False)
         model = model or scripted(request.module.TEXT)
         options = {"max_tokens": 100, **options}
         talked = ChatSession(model, options, console, markdown=not color, color=color)

@@ -410,5 +410,5 @@ def test_a_conversation_is_kept_in_half_of_the_memory_that_is_free(scripted, ava
     model = scripted(TEXT)
     report = DeviceReport(available_bytes=available)
     model.backend.device_report = lambda: report
-    talked = ChatSession(model, {}, Console(file=io.StringIO()))
+    talked = ChatSession(model, {}, Console(file=io.StringIO(), markup=False))
     assert talked.scheduler.prefix_cache.max_bytes == kept

@@ -111,7 +111,7 @@ def test_a_spinner_says_what_is_being_loaded(shared_parser, tiny_pair, tmp_path)
         pytest.raises(ConfigError, match="loaded"),
     ):
         options.load_model(args, ["ar"])
-    assert [text for _, text in shown] == ["loading Qwen/Qwen3-4B"]
+    assert [str(text) for _, text in shown] == ["loading Qwen/Qwen3-4B"]
 
 
 def test_help_names_the_defaults(shared_parser):

@@ -90,12 +90,19 @@ def test_a_file_of_prompts_may_begin_with_a_byte_order_mark(batch, files, script
     assert keys(files[1]) == KEYS
 
 
+def test_names_with_brackets_are_printed_as_they_are(batch, files, scripted):
+    output = files[1].with_name("[bold]x.jsonl")
+    code, err = batch(scripted(*ANSWERS), "--output", str(output))
+    assert (code, "/[bold]x.jsonl: 4 of 4 turns" in err) == (0, True)
+
+
 def test_a_prompt_that_cannot_be_decoded_is_reported_and_the_run_continues(batch, files, scripted):
     rows = [{"id": "long", "turns": ["x" * 500, "more"]}, {"id": "ok", "prompt": "hi"}]
     files[0].write_text("\n".join(map(json.dumps, rows)))
     code, err = batch(scripted(*ANSWERS))
     assert code == 2
     assert "1 of 3 turns decoded, 1 with errors" in err
+    assert "first error, id 'long': the prompt has " in err
     long, ok = records(files[1])
     assert list(long)[:3] == ["id", "turn", "error"]
     assert "text" not in long

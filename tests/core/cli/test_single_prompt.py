@@ -92,7 +92,7 @@ class RecordedConsole(Console):
     """A console that keeps what its status says."""
 
     def __init__(self) -> None:
-        super().__init__(file=io.StringIO())
+        super().__init__(file=io.StringIO(), markup=False)
         self.said: list[str] = []
 
     @contextmanager
