@@ -198,7 +198,7 @@ REQUESTS: list[tuple[Any, dict[str, Any], str]] = [
             ({"budget": 0}, "budget must be"),
             ({"stop_token_ids": None}, "stop_token_ids must be token ids, got None"),
             ({"stop_token_ids": ["</s>"]}, "stop_token_ids must be token ids"),
-            ({"system": 5}, "system must be a string, got 5"),
+            ({"system": ""}, "system must be a string that is not empty, got ''"),
             ({"template_args": [1]}, "template_args must be a mapping"),
             ({"top_p": 0}, "top_p must be"),
             ({"top_p": 10**400}, "top_p must be above 0 and at most 1"),

@@ -65,7 +65,7 @@ class TextConfig:
         None,
         "write a text that matches this regular expression",
         annotation="str",
-        rule="a string",
+        rule="a string that is not empty",
         metavar="REGEX",
     )
     grammar: str | None = option(
@@ -73,7 +73,7 @@ class TextConfig:
         "write a text of this grammar, in the Lark format or in GBNF; @FILE reads it from a file",
         doc="write a text of this grammar, in the Lark format of llguidance or in llama.cpp's GBNF",
         annotation="str",
-        rule="a string",
+        rule="a string that is not empty",
         metavar="TEXT|@FILE",
         parse=_parse_grammar,
     )
@@ -86,7 +86,9 @@ class TextConfig:
         metavar="TEXT",
         requests=True,
     )
-    system: str | None = option(None, "system message", rule="a string", metavar="TEXT")
+    system: str | None = option(
+        None, "system message", rule="a string that is not empty", metavar="TEXT"
+    )
     raw: bool = option(
         False,
         "send the prompt as plain text, without the chat template",
