@@ -117,6 +117,11 @@ def test_n_answers_have_different_seeds(run, pair_options):
     _, out, err = run("hi", *options, "--n", "2")
     assert "answer 2 of 2, seed 8:" in err
     assert answers[1]["text"].strip() in out
+    _, _, err = run("hi", *options[:-1], str(2**64 - 1), "--n", "2")
+    assert re.findall("answer .*:", err) == [
+        f"answer 1 of 2, seed {2**64 - 1}:",
+        "answer 2 of 2, seed 0:",
+    ]
 
 
 @pytest.mark.parametrize(
