@@ -25,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from treeflash.config import METHODS, DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step
-from treeflash.decoding.adaptive_budget import AdaptiveBudgets
+from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
 from treeflash.decoding.interfaces import Prefill, Verify
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.tree import DraftTree
@@ -268,6 +268,13 @@ class FaultyConstraint(Forcing):
         return super().allowed()
 
 
+class SteadyBudget(AdaptiveBudget):
+    """Learns from seconds that no clock tells, so that a schedule can be repeated."""
+
+    def observe(self, trees: Any, paths: Any, lengths: Any, seconds: Any, **options: Any) -> None:
+        super().observe(trees, paths, lengths, dict.fromkeys(seconds, 1e-4), **options)
+
+
 @dataclass(eq=False)
 class Submitted:
     """A request, and what has become of it."""
@@ -329,8 +336,9 @@ class ScheduleMachine(RuleBasedStateMachine):
         )
         self.cache = None if cached_sequences is None else PrefixCache(int(cached_sequences * each))
         costs = VerifyCosts({size: 1e-4 * (1 + 0.05 * size) for size in SIZES if size <= 16})
+        budgets = AdaptiveBudgets(costs, {x: SteadyBudget(costs) for x in METHODS})
         self.scheduler = Scheduler(
-            self.backend, self.limits, budgets=AdaptiveBudgets(costs), prefix_cache=self.cache
+            self.backend, self.limits, budgets=budgets, prefix_cache=self.cache
         )
         self.submitted: dict[Request, Submitted] = {}
         self.checked: list[object] = []  # states of the prefix cache
