@@ -18,7 +18,6 @@ from treeflash.drafters.config import DrafterShape
 from treeflash.drafters.folder import StoredTensor, read_quantised
 from treeflash.drafters.loading import read_layout
 from treeflash.drafters.mtp_heads import refuse_missing_targets, refuse_window
-from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import DrafterModel, OnDevice, filled, load_model
 from treeflash_cuda.heads import HEAD_CLASSES, TABLE_HEADS, TableHead
@@ -119,8 +118,7 @@ def pack_drafter(model: Model, head: Head | None, target: Target, bits: int | No
     if on_cpu and find_spec("llvmlite") is not None:
         from treeflash_cuda.cpu.drafter_calls import compile_drafter
 
-        kernels = target.kernels if isinstance(target, CpuTarget) else None
-        compile_drafter(modules, kernels, target.dtype)
+        compile_drafter(modules, target)
 
 
 def load_drafter_operations(

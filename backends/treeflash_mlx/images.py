@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from treeflash.decoding.families import ImageFamily, family_of
 from treeflash.decoding.image_processor import placeholder_id
 from treeflash.decoding.images import Image, PromptImages
-from treeflash.drafters.config import rope_parameters, rotary_axes
+from treeflash.drafters.backbone import rope_parameters, rotary_axes
 from treeflash_mlx.state import State
 
 

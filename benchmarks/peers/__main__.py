@@ -45,7 +45,7 @@ from benchmarks.peers.comparison import Comparison
 from benchmarks.peers.system import SYSTEMS, Peer, PeerError, System, command
 from treeflash.cli.console import guarded
 from treeflash.config import AUTO, DTYPES
-from treeflash.drafters.config import rope_parameters
+from treeflash.drafters.backbone import rope_parameters
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.formats import canonical_name
 from treeflash.errors import ConfigError

@@ -1,18 +1,12 @@
-"""The configuration of a drafter of any format, and its rotary frequencies."""
+"""The configuration of a drafter of any format."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TypeAlias
 
 from treeflash.config import SINK
-from treeflash.errors import CheckpointError
 
 LayerKind: TypeAlias = tuple[int | None, bool]
 """The window of a layer of a block drafter, None for all positions, and whether it is causal."""
@@ -162,113 +156,3 @@ def window_gap(start: int, window: int | None) -> tuple[int, int]:
     It is (first, end), empty if `window` is None.
     """
     return (SINK, max(SINK, start - window)) if window is not None else (0, 0)
-
-
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary settings of a `config.json`: `rope_parameters`, or older keys."""
-    current = config.get("rope_parameters") or {}
-    by_type = (current.get(f"{kind}_attention") for kind in ("full", "sliding"))
-    current = next(filter(None, by_type), current)  # some files have settings by layer type
-    parameters = {**(config.get("rope_scaling") or {}), **current}
-    parameters.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    parameters.setdefault("rope_type", parameters.pop("type", "default"))
-    share = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor")
-    parameters["partial_rotary_factor"] = float(share or 1)
-    if parameters["rope_type"] == "mrope":  # an older name of several axes, see `rotary_axes`
-        parameters["rope_type"] = "default"
-    if "max_position_embeddings" in config:
-        parameters.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
-    return parameters
-
-
-def inverse_frequencies(
-    parameters: Mapping[str, Any], head_dim: int
-) -> tuple[NDArray[np.float64], float]:
-    """Return the (head_dim // 2,) rotary inverse frequencies, radians per position.
-
-    The second result is the factor on cosines and sines, 1 except for YaRN. `parameters` come from
-    `rope_parameters`. A CheckpointError is raised if the type is not supported, or a setting is
-    missing or not above 0.
-    """
-    base = _positive(parameters, "rope_theta")
-    plain = base ** -(np.arange(0, head_dim, 2) / head_dim)
-    kind = parameters["rope_type"]
-    try:
-        if kind == "default":
-            return plain, 1.0
-        if kind == "linear":
-            return plain / _positive(parameters, "factor"), 1.0
-        if kind == "llama3":
-            return _llama3(plain, parameters), 1.0
-        if kind == "yarn":
-            return _yarn(plain, parameters, base, head_dim)
-    except KeyError as error:
-        raise CheckpointError(f"rope type {kind!r} needs {error} in config.json") from error
-    raise CheckpointError(
-        f"rope type {kind!r} is not supported; supported are default, linear, llama3 and yarn"
-    )
-
-
-def rotary_axes(parameters: Mapping[str, Any], pairs: int) -> tuple[int, ...] | None:
-    """Return the axis that turns each pair of channels (M-RoPE); None if there is one axis.
-
-    The axes of rotary positions are time, height and width. They have consecutive sections of the
-    pairs (Qwen2-VL, arXiv 2409.12191), or take turns while height and width have any left, and the
-    rest is of time (Qwen3-VL). A CheckpointError is raised if the sections do not fit the pairs.
-    """
-    if not (sections := parameters.get("mrope_section")):
-        return None
-    if len(sections) != 3 or sum(sections) != pairs:
-        raise CheckpointError(f"mrope_section {sections} does not fit {pairs} pairs of channels")
-    if not parameters.get("mrope_interleaved"):
-        return tuple(axis for axis, count in enumerate(sections) for _ in range(count))
-    axes = [0] * pairs
-    for axis in (1, 2):
-        axes[axis : 3 * sections[axis] : 3] = [axis] * len(axes[axis : 3 * sections[axis] : 3])
-    return tuple(axes)
-
-
-def _positive(parameters: Mapping[str, Any], key: str) -> float:
-    value = parameters[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise CheckpointError(f"{key} in config.json must be a number above 0, got {value!r}")
-    return float(value)
-
-
-def _llama3(plain: NDArray[np.float64], p: Mapping[str, Any]) -> NDArray[np.float64]:
-    """Long wavelengths are stretched by `factor`, short ones unchanged, others interpolated."""
-    turns = p["original_max_position_embeddings"] * plain / (2 * math.pi)
-    low, high = p["low_freq_factor"], p["high_freq_factor"]
-    share: NDArray[np.float64] = np.clip((turns - low) / (high - low), 0, 1)
-    return share * plain + (1 - share) * plain / _positive(p, "factor")
-
-
-def _yarn(
-    plain: NDArray[np.float64], p: Mapping[str, Any], base: float, head_dim: int
-) -> tuple[NDArray[np.float64], float]:
-    """YaRN (arXiv 2309.00071): a linear ramp over dimensions between two numbers of turns."""
-
-    def dimension(turns: float) -> float:
-        positions = p["original_max_position_embeddings"] / (2 * math.pi * turns)
-        return head_dim * math.log(positions) / (2 * math.log(base))
-
-    low, high = dimension(p.get("beta_fast") or 32), dimension(p.get("beta_slow") or 1)
-    if p.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    span = high - low if high > low else 0.001
-    stretched = np.clip((np.arange(head_dim // 2) - low) / span, 0, 1)
-    factor = _positive(p, "factor")
-
-    def attention_scale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
-
-    scale = p.get("attention_factor")
-    if scale is None:
-        weights = p.get("mscale"), p.get("mscale_all_dim")
-        scale = (
-            attention_scale(weights[0]) / attention_scale(weights[1])
-            if weights[0] and weights[1]
-            else attention_scale(1.0)
-        )
-    return stretched * plain / factor + (1 - stretched) * plain, float(scale)

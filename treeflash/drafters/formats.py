@@ -23,11 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 from treeflash.drafters import backbone
-from treeflash.drafters.config import (
-    DrafterConfig,
-    inverse_frequencies,
-    rope_parameters,
-)
+from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.format import (
     Config,
     Format,
@@ -180,20 +176,19 @@ def drafter_shapes(
     `head_size` is I, the inner width of a TreeFlash head; `vocab_size` is the target's, if the
     configuration does not give it.
     """
+    others: Shapes = {}
+    if config.draft_vocab_size:
+        others["lm_head.weight"] = config.draft_vocab_size, config.hidden_size
+        others["d2t"] = (config.draft_vocab_size,)
+    if config.head is not None:
+        rows = config.vocab_size or vocab_size or 0
+        others |= HEADS[config.head].shapes(config, rows, head_size)
     shapes = shapes_of(as_outline(BlockModel)(config))
     # The gates of queries are rows of `q_proj`, which `arrange_block` splits.
     for name in [name for name in shapes if ".self_attn.gate_proj." in name]:
         rows, *columns = shapes.pop(name)
         shapes[name.replace("gate_proj", "q_proj")] = (2 * rows, *columns)
-    if config.head is not None:
-        rows = config.vocab_size or vocab_size or 0
-        shapes |= HEADS[config.head].shapes(config, rows, head_size)
-    if config.draft_vocab_size:
-        shapes |= {
-            "lm_head.weight": (config.draft_vocab_size, config.hidden_size),
-            "d2t": (config.draft_vocab_size,),
-        }
-    return shapes
+    return shapes | others
 
 
 def head_inner_size(shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -381,9 +376,9 @@ def _parse_deepspec(config: Config) -> DrafterConfig:
 
 def _gated(parsed: DrafterConfig, config: Config) -> DrafterConfig:
     """Return a drafter whose layers are Qwen3.5's: gates, norms of 1 + w, and partial rotary."""
-    rope = rope_parameters(config)
+    rope = backbone.rope_parameters(config)
     channels = int(parsed.head_dim * rope["partial_rotary_factor"])
-    rotated, scale = inverse_frequencies(rope, channels)
+    rotated, scale = backbone.inverse_frequencies(rope, channels)
     if scale != 1:
         raise ValueError(f"rope type {rope['rope_type']!r} is not supported with gated queries")
     still = (0.0,) * (parsed.head_dim // 2 - len(rotated))

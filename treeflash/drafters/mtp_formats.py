@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any
 
 from treeflash.drafters import backbone
-from treeflash.drafters.config import inverse_frequencies, rope_parameters, rotary_axes
+from treeflash.drafters.backbone import inverse_frequencies, rope_parameters, rotary_axes
 from treeflash.drafters.format import Config, Format, Names
 from treeflash.drafters.mtp_heads import Assistant, Experts, Latent, MtpConfig
 from treeflash.drafters.mtp_tensors import required_and_optional

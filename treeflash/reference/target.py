@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.interfaces import StateArrays
 from treeflash.drafters.adapter import LowRankUpdate, read_adapter, refuse_module
-from treeflash.drafters.config import inverse_frequencies, rope_parameters
+from treeflash.drafters.backbone import inverse_frequencies, rope_parameters
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import CheckpointError, UnsupportedModelError
 from treeflash.reference.hybrid import GatedDeltaNet, LayerState, Mamba2, run

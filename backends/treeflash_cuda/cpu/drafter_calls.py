@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from treeflash.drafters.config import DrafterConfig, LayerKind
 from treeflash_cuda.cache import KVCache
 from treeflash_cuda.cpu import layer_code
+from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.cpu.layer_calls import CalledLayer, LayerCalls, LayerStack, products_of
 from treeflash_cuda.cpu.layer_kernels import LayerKernels, SequencesTable, layer_kernels
 from treeflash_cuda.drafter_model import DrafterModel, RMSNorm
+from treeflash_cuda.target import Target
 
 ROPE = 0
 """The index of the only rotation of a pass."""
@@ -145,15 +147,14 @@ def _called(config: DrafterConfig, layer: Any, kind: LayerKind) -> CalledLayer |
 
 def compile_drafter(
     modules: Collection[nn.Module],  # the model, whose linear layers are packed, and its head
-    kernels: LayerKernels | None,  # the target's compiled functions
-    dtype: torch.dtype,
+    target: Target,
 ) -> None:
     """Let compiled functions run a drafter's norms, and the layers of a block drafter."""
     for module in modules:
-        if kernels is not None:
-            compile_norms(module, kernels, dtype)
+        if isinstance(target, CpuTarget) and target.kernels is not None:
+            compile_norms(module, target.kernels, target.dtype)
         if isinstance(module, DrafterModel):
-            module.calls = BlockCalls.of(module, dtype)
+            module.calls = BlockCalls.of(module, target.dtype)
 
 
 def compile_norms(module: nn.Module, kernels: LayerKernels, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from treeflash.drafters.config import inverse_frequencies, rope_parameters
+from treeflash.drafters.backbone import inverse_frequencies, rope_parameters
 from treeflash.errors import CheckpointError
 
 CASES = json.loads((Path(__file__).parent / "rotary.json").read_text("utf-8"))

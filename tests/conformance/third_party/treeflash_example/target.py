@@ -3,7 +3,7 @@
 import numpy as np
 
 from treeflash.decoding.backend_base import OneByOneVerifier
-from treeflash.drafters.config import inverse_frequencies, rope_parameters
+from treeflash.drafters.backbone import inverse_frequencies, rope_parameters
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.errors import UnsupportedModelError
 from treeflash_example.layer import Layer, Weights, rms_norm
