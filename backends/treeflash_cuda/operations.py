@@ -375,7 +375,8 @@ def load_operations(shapes: Shapes, device: torch.device, dtype: torch.dtype) ->
             sampling,
         )
     except ImportError as error:  # PyTorch has no Triton on Windows
-        return Operations(reasons=dict.fromkeys(used_operations(shapes), str(error)))
+        reasons = dict.fromkeys(used_operations(shapes), str(error))
+        return Operations(reasons=reasons, shapes=shapes)
     modules = attention, convolution, experts, layers, moves, noise, products, recurrence, sampling
     kernels: dict[str, Any] = {
         name: on_its_device(getattr(module, name))
@@ -433,7 +434,7 @@ def checked(
                 chosen[name] = getattr(kernels, name)
             else:
                 reasons[name] = f"the kernel's results differ by {excess:.2%}"
-    return Operations(**chosen, reasons=reasons, differences=worst, errors=errors)
+    return Operations(**chosen, reasons=reasons, differences=worst, errors=errors, shapes=shapes)
 
 
 def _worst_row(actual: Tensor, expected: Tensor) -> float:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,7 +264,7 @@ def load_kernels(
     shapes: Shapes, device: torch.device, dtype: torch.dtype, place: str = ""
 ) -> Operations:
     """Load operations on a GPU, with a warning of those that have no kernel."""
-    operations = replace(load_operations(shapes, device, dtype), shapes=shapes)
+    operations = load_operations(shapes, device, dtype)
     for line in operations.fallbacks:
         warnings.warn(place + line, stacklevel=2)
     return operations

@@ -256,12 +256,12 @@ class FakeCuda(TorchDispatchMode):
                 monkeypatch,
                 module,
                 choose_device=lambda name: DEVICE,
-                load_operations=lambda *_: self._operations(),
+                load_operations=lambda shapes, *_: self._operations(shapes),
             )
         stand_in(monkeypatch, backend_base, check_trees=lambda backend: None)  # it compares values
 
-    def _operations(self):
-        """The operations of one kernel each that models use."""
+    def _operations(self, shapes):
+        """The operations of one kernel each that models of these shapes use."""
 
         def like(x, *shape, dtype=None):
             return torch.empty(shape or x.shape, dtype=dtype or x.dtype, device=x.device)
@@ -339,7 +339,7 @@ class FakeCuda(TorchDispatchMode):
         kernels = (tree_attention, rms_norm, gated, rotate_and_store, grouped_linear)
         kernels += (quantised_linear, tree_recurrence, commit_recurrence, convolve_paths)
         kernels += (draft_noise, noisy_log_probs, move_columns)
-        return Operations(**{kernel.__name__: kernel for kernel in kernels})
+        return Operations(**{kernel.__name__: kernel for kernel in kernels}, shapes=shapes)
 
     def _patch_tensors(self, monkeypatch):
         numpy, plain_from_numpy = torch.Tensor.numpy, torch.from_numpy

@@ -86,7 +86,7 @@ def test_operations_without_triton_have_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "treeflash_cuda.gpu.triton_kernels", None)
     shapes = Shapes(heads=4, kv_heads=2, head_dim=8, hidden_size=32)
     operations = load_operations(shapes, torch.device("cpu"), torch.float32)
-    assert operations == Operations(reasons=operations.reasons)
+    assert operations == Operations(reasons=operations.reasons, shapes=shapes)
     (line,) = operations.fallbacks
     assert line.startswith(
         "tree_attention, rms_norm, rotate_and_store, gated, sample_rows, move_columns, "
