@@ -266,24 +266,17 @@ class MaskedContext:
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attend; key and value are of the new rows alone if there are several sequences."""
-        name, masks = type(inputs.module).__name__, [inputs.mask]
-        seen = [(inputs.key, inputs.value)]
+        masks, seen = [inputs.mask], [(inputs.key, inputs.value)]
         if len(self.blocks) > 1:
             if inputs.mask not in self._masks:
-                raise UnsupportedModelError(
-                    f"{name} changes its mask, so it cannot run several sequences at once"
-                )
+                raise _refusal(inputs.module, "changes its mask", "run several sequences at once")
             assert self.cache is not None
             self.cache.select(inputs.key)
             masks, seen = self._masks[inputs.mask], self.cache.visible_columns()
         elif inputs.mask is None and self.rows[0] > 1 and not is_whole(self.blocks[0]):
-            raise UnsupportedModelError(
-                f"{name} attends without a mask, so it cannot run a draft tree"
-            )
+            raise _refusal(inputs.module, "attends without a mask")
         if inputs.mask is not None and inputs.mask.shape[1] not in (1, inputs.key.shape[1]):
-            raise UnsupportedModelError(
-                f"{name} has a mask for each query head, so it cannot run a draft tree"
-            )
+            raise _refusal(inputs.module, "has a mask for each query head")
         if not self.one_by_one:
             return self._attend_together(inputs, seen, masks)
         queries = inputs.query.split(self.rows, 2)
@@ -330,6 +323,11 @@ class MaskedContext:
             visible = block.positions[:, None] >= block.positions
             self._causal_masks[block] = additive_mask(visible, torch.float32)[None, None]
         return self._causal_masks[block]
+
+
+def _refusal(layer: nn.Module, cause: str, task: str = "run a draft tree") -> UnsupportedModelError:
+    """Return the refusal of an attention layer, which lacks for a task what the cause says."""
+    return UnsupportedModelError(f"{type(layer).__name__} {cause}, so it cannot {task}")
 
 
 class TreeContext:
