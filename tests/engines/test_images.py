@@ -301,8 +301,8 @@ def test_without_images_there_is_no_tower_and_text_is_the_same(vision):
     assert text.images == "it was loaded without its vision tower"
     assert text.target.tower is None
     tower = vision.engine.tower_nbytes(vision.backend)
-    norms = vision.engine.head_norms_nbytes(text)
-    assert vision.backend.weights_bytes == text.weights_bytes + norms + tower
+    norms = vision.engine.repeated_norms_nbytes(text)
+    assert vision.backend.weights_bytes + norms == text.weights_bytes + tower
     prompt = vision.encode("abcdabcd")
     steps = steady_scheduler(text).decode([request(prompt)])
     assert [token for _, step in steps for token in step.tokens] == vision.reference(prompt)

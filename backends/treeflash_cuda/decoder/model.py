@@ -66,7 +66,7 @@ class AttentionMixer(nn.Module):
                 if facts.head_order is not None:
                     weight = weight[:, facts.head_order]
                 parts.append(weight.expand(heads, d))
-            self.head_norms = torch.cat(parts)
+            self.head_norms = constant(torch.cat(parts))
 
     def forward(self, y: Tensor, rotation: Rotation | None, attention: Attention) -> Tensor:
         """Map (n, hidden_size) rows to as many."""

@@ -10,9 +10,8 @@
 - `quantised_parts(backend)` are the names of layers of the drafter and its head in few bits.
 - `save_with_images(family, model, folder)` saves a model of `image_models` as the engine reads it;
   `image_samples(backend)` is what the check of images at load compares.
-- `tower_nbytes(backend)` is the size of a target's vision tower, and `head_norms_nbytes(backend)`
-  of the stored norms of heads that layers of our own keep beside their parameters, one of queries
-  and one of keys in each layer.
+- `tower_nbytes(backend)` is the size of a target's vision tower; `repeated_norms_nbytes(backend)`
+  of the norms that layers of our own have for every head, beyond one of queries and one of keys.
 """
 
 from __future__ import annotations

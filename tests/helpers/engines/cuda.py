@@ -57,6 +57,6 @@ def tower_nbytes(pair):
     return sum(x.nbytes for x in pair.target.tower.parameters)
 
 
-def head_norms_nbytes(pair):
+def repeated_norms_nbytes(pair):
     mixers = [x for x in pair.target.model.modules() if isinstance(x, AttentionMixer)]
-    return sum(2 * x.head_norms[0].nbytes for x in mixers if x.head_norms is not None)
+    return sum(x.head_norms[2:].nbytes for x in mixers if x.head_norms is not None)

@@ -68,5 +68,5 @@ def tower_nbytes(pair):
     return sum(x.nbytes for x in pair.target.tower.arrays)
 
 
-def head_norms_nbytes(pair):
+def repeated_norms_nbytes(pair):
     return 0
