@@ -165,7 +165,7 @@ def test_items_begin_empty_and_grow_by_deltas(server, fields, kinds):
         kind = event["type"].removeprefix("response.")
         parts += [kind] * (parts[-1:] != [kind])
         if kind == "output_item.added":
-            items.append(event["item"] | {"status": "completed"})
+            items.append(event["item"] | {"status": kinds[-1]})
         elif kind == "content_part.added":
             items[event["output_index"]]["content"].append(event["part"])
         elif kind == "output_text.delta":
@@ -173,6 +173,8 @@ def test_items_begin_empty_and_grow_by_deltas(server, fields, kinds):
             part["text"] += event["delta"]
         elif kind == "function_call_arguments.delta":
             items[event["output_index"]]["arguments"] += event["delta"]
+        elif kind == "output_item.done":
+            assert event["item"] == items[event["output_index"]]
     assert items == events[-1]["response"]["output"]
     assert parts == ["created", "in_progress", "output_item.added", *kinds]
 

@@ -251,6 +251,8 @@ class MessagePart:
     kind: PartKind
     text: str = ""
     call: ToolCall | None = None
+    cut_off: bool = False
+    """Whether the maximum length ended the part."""
 
 
 @dataclass(frozen=True)
@@ -339,6 +341,8 @@ class MessageParser:
         if chunk.finish_reason is not None:
             if not self.parts:
                 yield from self._begin("content")
+            if self._open is not None:
+                self._open.cut_off = chunk.finish_reason == "length"
             yield from self._end()
 
     def _begin(self, kind: PartKind, call: ToolCall | None = None) -> Iterator[PartChange]:

@@ -407,8 +407,7 @@ class ResponsesFormatter:
                 yield self._frame("response.content_part.done", **content, part=_content(part))
             else:
                 yield self._frame(f"{arguments}.done", **item, **self._call(part.call))
-            done = self._item(part, "completed")
-            yield self._frame("response.output_item.done", **index, item=done)
+            yield self._frame("response.output_item.done", **index, item=self._done(part))
 
     def _finished(self) -> dict[str, Any]:
         cut_off = self._completion.answers[0].finish_reason == "length"
@@ -417,7 +416,7 @@ class ResponsesFormatter:
             "status": "incomplete" if cut_off else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if cut_off else None,
             "completed_at": int(time.time()),
-            "output": [self._item(part, "completed") for part in self._parser.parts],
+            "output": [self._done(part) for part in self._parser.parts],
             "usage": self._usage(),
         }
 
@@ -434,6 +433,9 @@ class ResponsesFormatter:
             "total_tokens": counts.prompt_tokens + counts.completion_tokens,
             "draft_tokens_details": draft_details(counts),
         }
+
+    def _done(self, part: MessagePart) -> dict[str, Any]:
+        return self._item(part, "incomplete" if part.cut_off else "completed")
 
     def _item(self, part: MessagePart, status: str) -> dict[str, Any]:
         head = {"id": self._id(part), "status": status}
