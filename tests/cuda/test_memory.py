@@ -180,6 +180,7 @@ def test_a_processor_reports_what_runs_on_it(folders):
     assert not report.kernels
     parameters = [*backend.target.model.parameters(), *backend.drafter_model.parameters()]
     parameters += backend.head.module.parameters()
+    parameters += [layer.mixer.head_norms for layer in backend.target.model.layers]
     expected = {parameter.data_ptr(): parameter.nbytes for parameter in parameters}
     assert report.weights_bytes == sum(expected.values()) > 0
 
