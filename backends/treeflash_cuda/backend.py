@@ -32,6 +32,7 @@ from treeflash_cuda.cache import KV_BITS
 from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.cpu.default_dtype import InexactError, gpu_dtype, half_dtype
 from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, keeps_bits, products_refusal
+from treeflash_cuda.decoder.target import DecoderTarget
 from treeflash_cuda.device import (
     backend_name,
     choose_device,
@@ -158,6 +159,8 @@ class CudaBackend(BaseBackend):
         """Size of the weights of the target and the drafter, bytes."""
         modules = [self.target.model, self.drafter_model, getattr(self.head, "module", None)]
         weights = {p for module in modules if module is not None for p in module.parameters()}
+        if isinstance(self.target, DecoderTarget):
+            weights |= set(self.target.model.buffers())  # norms of heads
         if self.drafter_model is not None:
             weights |= set(self.drafter_model.own.buffers())  # no parameters
         if self.target.tower is not None:

@@ -57,7 +57,8 @@ class AttentionMixer(nn.Module):
         if facts.gates_attention:
             self.gate = weights.linear(place, size, **{ATTENTION_GATE: q})
         self.o_proj = weights.linear(place, q, o_proj=size)
-        self.head_norms: Tensor | None = None  # norms of queries, then of keys, a row for each head
+        self.head_norms: Tensor | None  # norms of queries, then of keys, a row for each head
+        self.register_buffer("head_norms", None)  # no parameter: it is no matrix of a product
         if facts.norms_heads is not None:
             parts = []
             for name, heads in (("q_norm", facts.heads), ("k_norm", facts.kv_heads)):
@@ -66,7 +67,7 @@ class AttentionMixer(nn.Module):
                 if facts.head_order is not None:
                     weight = weight[:, facts.head_order]
                 parts.append(weight.expand(heads, d))
-            self.head_norms = constant(torch.cat(parts))
+            self.head_norms = torch.cat(parts)
 
     def forward(self, y: Tensor, rotation: Rotation | None, attention: Attention) -> Tensor:
         """Map (n, hidden_size) rows to as many."""
