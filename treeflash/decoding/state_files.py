@@ -166,13 +166,13 @@ def read(
     # A link would lead out of the folder, and a pipe would not end.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        descriptor = os.open(path, flags)
+        file = open(path, "rb", opener=lambda name, _: os.open(name, flags))  # noqa: SIM115
     except OSError as error:
         if error.errno in NOT_NOW:
             return None
         raise BadFileError(f"it cannot be opened ({error.strerror})") from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
+    with file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise BadFileError("it is not a regular file")
         if not is_own(status):

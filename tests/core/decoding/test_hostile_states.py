@@ -227,3 +227,22 @@ def test_a_link_does_not_let_the_time_of_another_file_be_changed(tmp_path):
     before = other.stat().st_mtime_ns
     state_files.touch(link, 10**9)
     assert other.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("a link out of the folder", "cannot be opened"),
+        ("a link to itself", "cannot be opened"),
+        ("a folder", "cannot be opened"),
+        ("a pipe", "not a regular file"),
+    ],
+)
+def test_what_takes_the_place_of_a_listed_file_is_not_read(stored, tmp_path, damage, message):
+    folder, outside = tmp_path / "states", tmp_path / "outside"
+    shutil.copytree(stored, folder)
+    outside.write_bytes(block(folder).read_bytes())
+    DAMAGE[damage](folder, outside)
+    key = Process.keys(PROMPT)[Process.BLOCK]
+    with pytest.raises(state_files.BadFileError, match=message):
+        state_files.read(folder, "block", key, 1 << 30)
