@@ -61,6 +61,7 @@ class AsyncDecoder:
             self._mailboxes[request] = mailbox
 
     def _receive(self, events: list[Event]) -> None:
+        """Hand out the steps, then cancel each sequence whose own mailbox is closed."""
         for request, event in events:
             self._mailboxes[request].put([event])
             if isinstance(event, Exception) or event.finish_reason is not None:
@@ -81,7 +82,7 @@ class AsyncStream(AsyncIterator[Chunk]):
 
     The prompt is encoded and decoding starts with the first chunk, which raises what is wrong with
     the prompt. `aclose`, the end of an `async with` block, and a task that is cancelled while it
-    waits for a chunk end the text early.
+    waits for a chunk end the text early; other texts of the model continue.
     """
 
     def __init__(self, prepare: Callable[[], Assembler], decoder: AsyncDecoder) -> None:

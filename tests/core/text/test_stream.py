@@ -356,6 +356,25 @@ def test_a_timeout_ends_a_text_and_not_the_others(model, gate):
     assert found.token_ids == model.generate("other", **options).token_ids
 
 
+def test_a_closed_text_ends_alone(model, gate):
+    async def run():
+        kept, closed = (model.astream(prompt, **FOREVER) for prompt in ("hi", "other"))
+        gate.allow(1)
+        await anext(kept)
+        begun = asyncio.ensure_future(anext(closed))
+        while not begun.done():  # each pass decodes the first text further
+            gate.allow(1)
+            await asyncio.sleep(0.002)
+        await closed.aclose()
+        gate.allow()
+        return await asyncio.wait_for(kept.run(), 30), closed.generation()
+
+    kept, closed = asyncio.run(run())
+    assert kept.finish_reason == "length"
+    assert kept.token_ids == model.generate("hi", **FOREVER).token_ids
+    assert closed.finish_reason == "interrupted"
+
+
 def test_a_text_ends_with_its_event_loop(model, gate, closing):
     kept = []
     gate.allow(1)
