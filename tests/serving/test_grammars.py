@@ -94,6 +94,20 @@ def test_rollback_gives_the_masks_of_a_new_matcher(compiler, model, name):
         assert re.fullmatch(PATTERNS.get(name, "(?s).*"), text), text
 
 
+@pytest.mark.parametrize(
+    "text", ['a "quoted" text', "one \\ two", "\\\\", "\\n", "a line\nand another"]
+)
+def test_a_choice_is_taken_literally(compiler, model, text):
+    constraint, tokens = compiler.compile(Grammar.choice([text]))(), []
+    while True:
+        found = np.flatnonzero(unpack(constraint.allowed()[None], model.backend.vocab_size)[0])
+        if set(found) & set(model.tokenizer.stop_token_ids):
+            break
+        tokens.append(int(found[0]))
+        constraint.advance(tokens[-1])
+    assert model.tokenizer.decode(tokens) == text
+
+
 def test_answers_do_not_share_a_matcher(compiler):
     make = compiler.compile(GRAMMARS["choice"])
     first, second = make(), make()

@@ -387,7 +387,10 @@ def test_reasons(tokens, settings, reason):
     assert rejection_reason(step(*tokens, **settings)) == reason
 
 
-def test_a_prefill_rejects_nothing():
+@pytest.mark.parametrize("fact", ["table", "tree", "path"])
+def test_a_step_without_a_draft_rejects_nothing(fact):
+    assert rejection_reason(step(8)) == "child"
+    assert rejection_reason(replace(step(8), **{fact: None})) is None
     assert rejection_reason(Step((1,), {})) is None
 
 
