@@ -200,7 +200,8 @@ def test_all_kernels_pass_the_check_at_load(shapes, dtype, monkeypatch):
     names += [] if shapes.draft_bits else ["quantised_linear"]
     names += [] if shapes.recurrent else ["tree_recurrence", "commit_recurrence"]
     names += [] if shapes.convolutions else ["convolve_paths"]
-    assert found == replace(KERNELS, **{name: getattr(operations, name) for name in names})
+    functions = {name: getattr(operations, name) for name in names}
+    assert found == replace(KERNELS, **functions, shapes=shapes)
 
 
 EXACT = {
