@@ -1,5 +1,6 @@
 """What the tests of both backends share."""
 
+import functools
 import gc
 import importlib
 import os
@@ -87,9 +88,12 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def kept_folder(request, tmp_path_factory) -> Callable[[str], Path]:
-    """Name a folder for compiled code, which all workers share and the next run finds."""
+    """Name a folder for compiled code, which all workers share and the next run finds.
+
+    Without pytest's cache it is one of this process: a library must not be loaded from two folders.
+    """
     cache = getattr(request.config, "cache", None)
-    return cache.mkdir if cache else tmp_path_factory.mktemp
+    return cache.mkdir if cache else functools.cache(tmp_path_factory.mktemp)
 
 
 @pytest.fixture
