@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse(argv)
     if args.target == "":
         raise ConfigError("the name of the target is empty; give a folder or a hub id")
-    cached = {model.name.lower(): model for model in cached_models()}
+    # The first of a name is what the commands load; the file that it was made from comes later.
+    cached = {model.name.lower(): model for model in reversed(cached_models())}
     rows = {
         target: [_row(source, cached) for source in draft_sources(target)]
         for target in ([args.target] if args.target is not None else KNOWN_TARGETS)

@@ -108,6 +108,12 @@ def test_what_can_draft_for_one_target(drafters):
     assert "4.0 kB in " in drafters(DEFAULT_TARGET)
 
 
+def test_the_default_target_is_listed_with_the_folder_that_is_loaded(machine, drafters, add_model):
+    add_model("cache/default", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    folder = machine / "cache/SmolLM2-135M-Instruct"
+    assert drafters(DEFAULT_TARGET).splitlines()[0] == f"{DEFAULT_TARGET}: 4.0 kB in {folder}"
+
+
 def test_models_are_removed_from_the_caches(machine, run):
     code, printed, _ = run("rm", "--yes", DEFAULT_TARGET.lower(), DRAFTER)
     assert code == 0
