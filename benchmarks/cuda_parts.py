@@ -26,8 +26,7 @@ from benchmarks.device_parts import (
     Device,
     Find,
     exact,
-    peer_row,
-    prompt_ids,
+    peer,
     run_command,
     tests,
     verify_rows,
@@ -39,7 +38,6 @@ from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
-from treeflash.text.tokenizer import Tokenizer
 
 OPTIONAL_PACKAGES = (
     *("triton", "accelerate", "flash-linear-attention", "causal-conv1d", "kernels"),
@@ -166,33 +164,6 @@ def machine(gpu: Gpu, part: Part) -> None:
     facts = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
     query = f"--query-gpu={facts},temperature.gpu"
     run_command(part, "cards", "nvidia-smi", query, "--format=csv")
-
-
-def peer(gpu: Gpu, part: Part) -> None:
-    """Measure transformers' `generate` with the weights of the real target."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    pair = gpu.locate()
-    tokenizer = Tokenizer.from_folder(pair.target, thinking=pair.thinking)
-    stop = sorted(tokenizer.stop_token_ids)
-    dtype = "auto" if gpu.args.dtype is None else getattr(torch, gpu.args.dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(pair.target, dtype=dtype)
-    model = model.to(gpu.device).eval()
-
-    def generate(ids: list[int]) -> list[int]:
-        prompt = torch.tensor([ids], device=gpu.device)
-        output = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=gpu.args.max_tokens,
-            do_sample=False,
-            eos_token_id=stop or None,
-            pad_token_id=0,
-        )
-        return list(output[0, len(ids) :].tolist())
-
-    part.add("methods", **peer_row("transformers", generate, prompt_ids(tokenizer)))
 
 
 def speed(gpu: Gpu, part: Part) -> None:

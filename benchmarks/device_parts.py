@@ -7,10 +7,12 @@ comes first, and tests, which compile kernels for minutes, come last.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -26,6 +28,8 @@ from benchmarks.common import (
     random_tree,
     supported_methods,
 )
+from benchmarks.peers.pair import setup_of
+from benchmarks.peers.system import BASELINES, SYSTEMS, Peer
 from benchmarks.report import LeftOutError, Part
 from treeflash.cli.options import load_model, locate_model
 from treeflash.config import LoadConfig, Method, SamplingConfig
@@ -173,6 +177,22 @@ def speed(device: Device, part: Part) -> LanguageModel:
     return model
 
 
+def peer(device: Device, part: Part) -> None:
+    """Measure `generate` of the framework's own package with the weights of the real target."""
+    pair = device.locate()
+    tokenizer = Tokenizer.from_folder(pair.target, thinking=pair.thinking)
+    name = BASELINES[device.backend]
+    (system,) = [x for x in SYSTEMS if x.name == name]
+    setup = setup_of(device.args, pair.target, tokenizer)
+    first, *rest = prompt_ids(tokenizer)
+    request = {"method": "generate", "budget": None, "max_tokens": device.args.max_tokens}
+    with closing(Peer(system, setup, os.cpu_count() or 1)) as worker:
+        _, *answers = [worker.ask(request | {"prompts": [x]}) for x in (first, first, *rest)]
+    tokens = sum(len(answer["token_ids"][0]) for answer in answers)
+    speed = tokens / sum(answer["seconds"] for answer in answers)
+    part.add("methods", system=name, method="generate", tokens_per_s=speed)
+
+
 def exact(device: Device, part: Part) -> None:
     """Measure the real pair in exact mode, where all texts must be plain decoding's."""
     try:
@@ -237,15 +257,3 @@ def verify_rows(
             for tree, ms in zip(trees, alternate_ms(calls, repeats), strict=True):
                 rows.append({"context": context, "nodes": len(tree), "verify_ms": ms})
     return rows
-
-
-def peer_row(
-    system: str, generate: Callable[[list[int]], Sequence[int]], prompts: Iterable[list[int]]
-) -> Row:
-    """Measure the plain decoding of another package; the first prompt warms up."""
-    first, *rest = prompts
-    generate(first)
-    started = time.perf_counter()
-    tokens = sum(len(generate(prompt)) for prompt in [first, *rest])
-    seconds = time.perf_counter() - started
-    return {"system": system, "method": "generate", "tokens_per_s": tokens / seconds}

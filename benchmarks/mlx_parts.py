@@ -26,7 +26,7 @@ from benchmarks.device_parts import (
     Device,
     Find,
     exact,
-    peer_row,
+    peer,
     prompt_ids,
     run_command,
     speed,
@@ -41,7 +41,6 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.language_model import LanguageModel
 from treeflash.registry import examine_device
 from treeflash.text.generation import mean
-from treeflash.text.tokenizer import Tokenizer
 
 PLAIN_CONTEXTS, PLAIN_TOKENS = (64, 8192), 32
 AHEAD_AFTER = 2
@@ -72,26 +71,6 @@ def machine(mac: Mac, part: Part) -> None:
         part.add("device", name=name, fact=fact)
     run_command(part, "power", "pmset", "-g")
     run_command(part, "power", "pmset", "-g", "therm")
-
-
-def peer(mac: Mac, part: Part) -> None:
-    """Measure mlx-lm's own loop with the weights of the real target."""
-    import mlx.core as mx
-    from mlx_lm import load, stream_generate
-    from treeflash_mlx.device import choose_device
-
-    pair, on_cpu = mac.locate(), choose_device(mac.args.device)
-    own = Tokenizer.from_folder(pair.target, thinking=pair.thinking)
-    model, tokenizer = load(str(pair.target))[:2]
-    tokenizer.eos_token_ids = sorted(own.stop_token_ids)
-    if (dtype := mac.args.dtype or ("float32" if on_cpu else None)) is not None:
-        model.set_dtype(getattr(mx, dtype))  # else as in the files
-
-    def generate(ids: list[int]) -> list[int]:
-        parts = stream_generate(model, tokenizer, ids, max_tokens=mac.args.max_tokens)
-        return [each.token for each in parts]
-
-    part.add("methods", **peer_row("mlx-lm", generate, prompt_ids(own)))
 
 
 def speed_and_kernels(mac: Mac, part: Part) -> None:

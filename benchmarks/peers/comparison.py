@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple, TypeAlias
 
-from benchmarks.common import Row, mean_row
+from benchmarks.common import Row, mean_row, show
 from benchmarks.peers.system import BASELINES, Peer, PeerError, System
 from treeflash.config import Budget
+from treeflash.errors import ConfigError
 
 TREE_METHODS = ("ddtree", "treeflash")
 COLUMNS = ("system", "method", "budget", "backend", "dtype", "threads")
@@ -48,8 +49,8 @@ class Comparison:
 
     Attributes:
         cases: the cases that still run.
-        records: one for each prompt and case: the columns of the case, `set`, `prompt`, and the
-            worker's answer.
+        records: one for each group of prompts and case: the columns of the case, `set`, `group` (a
+            number), `prompts` (how many), and the worker's answer.
         skipped: systems and methods that cannot run, with the reason.
     """
 
@@ -76,15 +77,18 @@ class Comparison:
         row = {"system": system.name, "backend": system.backend, "method": method}
         self.skipped.append(row | {"reason": str(reason)})
 
-    def warm_up(self, prompt_ids: list[int], max_tokens: int) -> None:
-        """Decode a prompt in every case without keeping the records."""
-        self.run("", "", prompt_ids, max_tokens)
-        self.records.clear()
+    def run(
+        self, prompts: Sequence[list[int]], max_tokens: int, *, keep: Row | None = None
+    ) -> None:
+        """Decode a group of prompts in every case, in turn; a case that fails is dropped.
 
-    def run(self, set_name: str, prompt: str | int, prompt_ids: list[int], max_tokens: int) -> None:
-        """Decode a prompt in every case, in turn; a case that fails is dropped."""
+        Args:
+            prompts: token ids of prompts that are handed over at once.
+            max_tokens: new tokens of each.
+            keep: the columns `set` and `group` of the records; None keeps none, to warm up.
+        """
         for case in tuple(self.cases):
-            request = {"prompt_ids": prompt_ids, "method": case.method, "budget": case.budget}
+            request = {"prompts": prompts, "method": case.method, "budget": case.budget}
             try:
                 answer = case.peer.ask(request | {"max_tokens": max_tokens})
             except PeerError as error:
@@ -92,10 +96,18 @@ class Comparison:
                 self.records = [r for r in self.records if not case.columns.items() <= r.items()]
                 self.skip(case.peer.system, error, case.method)
             else:
-                self.records.append(case.columns | {"set": set_name, "prompt": prompt} | answer)
+                if keep is not None:
+                    self.records.append(case.columns | keep | {"prompts": len(prompts)} | answer)
+
+    def check(self) -> None:
+        """Print what was skipped; a ConfigError if nothing was measured."""
+        if self.skipped:
+            show("skipped", self.skipped)
+        if not self.records:
+            raise ConfigError("nothing was measured; see the reasons above, or --methods")
 
     def rows(self) -> list[Row]:
-        """Return one row for each case and set, and one for each case's mean over sets.
+        """Return one row for each case and set of single prompts, and one for a case's mean.
 
         Ratios are medians over prompts; `equal` counts the prompts with the same tokens as the
         baseline. A sequence that ends with its first token has no speed and is left out.
@@ -104,7 +116,7 @@ class Comparison:
         baselines: dict[Key, Row] = {}
         llama_cpp: dict[Key, Row] = {}
         for record in self.records:
-            if not record["tokens"]:
+            if not _tokens(record):
                 continue
             case = tuple(record[key] for key in COLUMNS)
             groups.setdefault((case, record["set"]), []).append(record)
@@ -119,7 +131,7 @@ class Comparison:
 
 
 def _prompt_key(record: Row) -> Key:
-    return record["backend"], record["set"], record["prompt"], record["threads"]
+    return record["backend"], record["set"], record["group"], record["threads"]
 
 
 def _set_row(records: Sequence[Row], baselines: dict[Key, Row], llama_cpp: dict[Key, Row]) -> Row:
@@ -127,11 +139,10 @@ def _set_row(records: Sequence[Row], baselines: dict[Key, Row], llama_cpp: dict[
     others = [
         (r, llama_cpp[_prompt_key(r)[1:]]) for r in records if _prompt_key(r)[1:] in llama_cpp
     ]
-    tokens = sum(record["tokens"] for record in records)
-    spent = [record["processor_seconds"] for record in records]
+    tokens = sum(map(_tokens, records))
     return {key: records[0][key] for key in ("set", *COLUMNS)} | {
-        "tokens_per_s": tokens / sum(record["seconds"] for record in records),
-        "tokens_per_processor_s": None if None in spent else tokens / sum(spent),
+        "tokens_per_s": tokens / sum(map(_seconds, records)),
+        "tokens_per_processor_s": tokens / sum(record["processor_seconds"] for record in records),
         "block_efficiency": tokens / sum(record["forwards"] for record in records),
         "ratio_to_generate": _median_ratio(pairs),
         "ratio_to_llama_cpp": _median_ratio(others),
@@ -145,5 +156,13 @@ def _median_ratio(pairs: Sequence[tuple[Row, Row]]) -> float | None:
     return median(ratios) if ratios else None
 
 
+def _tokens(record: Row) -> int:
+    return len(record["token_ids"][0]) - 1  # without the prefill's
+
+
+def _seconds(record: Row) -> float:
+    return float(record["seconds"] - record["first"][0])
+
+
 def _speed(record: Row) -> float:
-    return float(record["tokens"] / record["seconds"])
+    return _tokens(record) / _seconds(record)

@@ -8,12 +8,13 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import mlx_environment
+from treeflash.config import cache_folder
 
 WORKERS = Path(__file__).parent / "workers"
 BASELINES = {"cuda": "transformers", "mlx": "mlx-lm", "gguf": "llama.cpp"}
@@ -63,23 +64,21 @@ SYSTEMS = (
 )
 
 
-def command(system: System, environments: Path, install: bool) -> list[str]:
-    """Return the command of a system's worker; llama.cpp is installed if `install` allows it.
+def command(system: System, folder: Path) -> list[str]:
+    """Return the command of a system's worker; llama.cpp is installed in a folder of the folder.
 
     Raises:
-        PeerError: the system is not installed, or cannot be.
+        PeerError: it cannot be installed.
     """
     worker = str(system.worker)
     if not system.node:
         return [sys.executable, worker]
-    folder = environments / system.name
+    folder = folder / system.name
     run = ["node", worker, str(folder)]
     packages = [f"node-llama-cpp@{system.node}", node_build(system.node)]
     lines, installed = "\n".join(packages), folder / "installed.txt"
     if installed.is_file() and installed.read_text(encoding="utf-8") == lines:
         return run
-    if not install:
-        raise PeerError(f"not installed in {folder}; omit --no-install")
     print(f"installing {system.name} into {folder}", file=sys.stderr)
     folder.mkdir(exist_ok=True)
     # Builds for other devices, and a script that would compile llama.cpp, are left out.
@@ -116,28 +115,27 @@ class Peer:
         description: of what the worker loaded: methods, device, dtype, versions.
     """
 
-    def __init__(
-        self,
-        system: System,
-        command: Sequence[str],
-        setup: dict[str, Any],
-        threads: int,
-        log: Path,
-    ) -> None:
+    def __init__(self, system: System, setup: Mapping[str, Any], threads: int) -> None:
         """Start the process and load the models.
 
         Args:
             system: the system to run.
-            command: of its worker.
-            setup: the first request: target, drafter, device, dtype, stop tokens.
+            setup: the pair; see `peers.pair.setup_of`.
             threads: threads of its arithmetic.
-            log: the file for its standard error.
 
         Raises:
-            PeerError: loading failed.
+            PeerError: the system cannot run here.
         """
         self.system, self.threads = system, threads
-        self.log = log
+        setup = {**setup, "backend": system.backend, "bits": system.bits, "threads": threads}
+        if system.backend == "mlx" and (sys.platform == "linux" or setup["device"] == "cpu"):
+            setup["dtype"] = "float32"  # MLX is slow in its other types there
+        if system.node and not setup["gguf"]:
+            raise PeerError("needs the target as a GGUF file: --gguf FILE")
+        folder = cache_folder() / "peers"
+        folder.mkdir(parents=True, exist_ok=True)
+        run = command(system, folder)
+        self.log = folder / f"{system.name}-{system.backend}-{threads}.log"
         variables = {
             "OMP_NUM_THREADS": str(threads),
             "OPENBLAS_NUM_THREADS": str(threads),
@@ -145,9 +143,9 @@ class Peer:
             "HF_HUB_OFFLINE": "1",  # all models are local folders; avoid look-ups while timing
             **(mlx_environment() if system.backend == "mlx" else {}),
         }
-        with log.open("w", encoding="utf-8") as stderr:
+        with self.log.open("w", encoding="utf-8") as stderr:
             self.process = subprocess.Popen(
-                command,
+                run,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

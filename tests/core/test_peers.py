@@ -43,18 +43,29 @@ needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Start llama.cpp's worker with the script as its library, and end it afterwards."""
-    package = tmp_path / "node_modules" / "node-llama-cpp"
+def installed(tmp_path, monkeypatch):
+    """The folder in which llama.cpp's library is installed; it is the script."""
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path))
+    monkeypatch.setattr(system.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(system.platform, "machine", lambda: "x86_64")
+    folder = tmp_path / "peers" / "llama.cpp"
+    package = folder / "node_modules" / "node-llama-cpp"
     (package / "dist").mkdir(parents=True)
     (package / "dist" / "index.js").write_text(LIBRARY)
     (package / "package.json").write_text(json.dumps({"version": "3.22.1", "type": "module"}))
+    lines = "node-llama-cpp@3.22.1\n@node-llama-cpp/linux-x64@3.22.1"
+    (folder / "installed.txt").write_text(lines)
+    return folder
+
+
+@pytest.fixture
+def start(installed):
+    """Start llama.cpp's worker with the script as its library, and end it afterwards."""
     peers = []
 
     def start(**setup):
-        run = ["node", str(LLAMA.worker), str(tmp_path)]
-        setup = {"gguf": "target.gguf", "stop_token_ids": [9], **setup}
-        peers.append(Peer(LLAMA, run, {"threads": 1, **setup}, 1, tmp_path / "log"))
+        usual = {"gguf": "target.gguf", "stop_token_ids": [9], "dtype": "auto"}
+        peers.append(Peer(LLAMA, usual | setup, 1))
         return peers[-1]
 
     yield start
@@ -71,68 +82,63 @@ def test_llama_cpp_decodes_plainly_and_with_drafts(start):
     assert peer.description["versions"] == {"node-llama-cpp": "3.22.1", "llama.cpp": "b1"}
     for prompt in ([5, 5], [5, 5, 5]):
         for method in methods:
-            request = {"prompt_ids": prompt, "method": method, "budget": None, "max_tokens": 4}
+            request = {"prompts": [prompt], "method": method, "budget": None, "max_tokens": 4}
             found = peer.ask(request)
             first = len(prompt)
-            assert found["token_ids"] == [*range(first, first + 4)]
-            assert found["tokens"] == 3
+            assert found["token_ids"] == [[*range(first, first + 4)]]
             assert found["forwards"] == (3 if method == "generate" else 1)
-            assert found["seconds"] > 0
+            assert found["seconds"] > found["first"][0] > 0
             assert found["processor_seconds"] > 0
-    stopped = peer.ask({"prompt_ids": [5] * 8, "method": "generate", "max_tokens": 4})
-    assert stopped["token_ids"] == [8, 9]
+    stopped = peer.ask({"prompts": [[5] * 8], "method": "generate", "max_tokens": 4})
+    assert stopped["token_ids"] == [[8, 9]]
 
 
 @needs_node
 def test_its_own_plain_decoding_is_the_baseline(start):
     comparison = Comparison()
     comparison.add(start(), ["auto"])
-    comparison.run("a", 0, [5, 5], 4)
+    comparison.run([[5, 5, 5]], 4)  # warms up
+    comparison.run([[5, 5]], 4, keep={"set": "a", "group": 0})
     rows = [row for row in comparison.rows() if row["set"] == "a"]
     assert [row["method"] for row in rows] == ["generate", "input-lookup"]
     assert rows[0]["ratio_to_generate"] == rows[0]["ratio_to_llama_cpp"] == 1
-    assert all(row["equal"] == 1 for row in rows)
+    assert all(row["equal"] == row["prompts"] == 1 for row in rows)
     assert comparison.skipped == []
 
 
 @needs_node
-@pytest.mark.parametrize(
-    ("gguf", "reason"),
-    [(None, "needs the target as a GGUF file: --gguf FILE"), ("bad.gguf", "no model in bad.gguf")],
-)
-def test_a_target_that_llama_cpp_cannot_load_is_a_reason(start, gguf, reason):
-    with pytest.raises(PeerError, match=reason):
-        start(gguf=gguf)
+def test_a_target_that_llama_cpp_cannot_load_is_a_reason(start):
+    with pytest.raises(PeerError, match=r"no model in bad\.gguf"):
+        start(gguf="bad.gguf")
+
+
+def test_nothing_is_installed_without_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(PeerError, match="needs the target as a GGUF file: --gguf FILE"):
+        Peer(LLAMA, {"gguf": None, "device": "cpu"}, 1)
 
 
 def test_a_machine_without_node_is_a_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(PeerError, match=r"needs Node\.js"):
-        command(LLAMA, tmp_path, install=True)
+        command(LLAMA, tmp_path)
 
 
-def test_nothing_is_installed_unasked(tmp_path, monkeypatch):
+def test_an_installed_version_is_not_installed_again(installed, monkeypatch):
     monkeypatch.setattr(system.shutil, "which", lambda name: name)
-    monkeypatch.setattr(system.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(system.platform, "machine", lambda: "x86_64")
-    with pytest.raises(PeerError, match="omit --no-install"):
-        command(LLAMA, tmp_path, install=False)
-    (tmp_path / "llama.cpp").mkdir()
-    lines = "node-llama-cpp@3.22.1\n@node-llama-cpp/linux-x64@3.22.1"
-    (tmp_path / "llama.cpp" / "installed.txt").write_text(lines)
-    run = command(LLAMA, tmp_path, install=False)
-    assert run == ["node", str(LLAMA.worker), str(tmp_path / "llama.cpp")]
+    assert command(LLAMA, installed.parent) == ["node", str(LLAMA.worker), str(installed)]
 
 
 def test_systems_of_any_framework_are_compared_with_llama_cpp():
-    record = {"budget": None, "dtype": "x", "set": "a", "prompt": 0, "tokens": 6, "forwards": 3}
-    record |= {"token_ids": [1, 2], "processor_seconds": 2.0, "threads": 2}
+    record = {"budget": None, "dtype": "x", "set": "a", "group": 0, "forwards": 3, "threads": 2}
+    record |= {"token_ids": [[1, 2, 3, 4, 5, 6, 7]], "first": [1.0], "processor_seconds": 2.0}
     plain = record | {"system": "llama.cpp", "backend": "gguf", "method": "generate"}
     ours = record | {"system": "treeflash", "backend": "cuda", "method": "treeflash"}
     comparison = Comparison()
-    comparison.records = [plain | {"seconds": 2.0}, ours | {"seconds": 0.5}]
+    comparison.records = [plain | {"seconds": 3.0}, ours | {"seconds": 1.5}]
     # Cases with other numbers of threads are compared among themselves.
-    comparison.records += [x | {"threads": 1, "seconds": 3.0} for x in (plain, ours)]
+    comparison.records += [x | {"threads": 1, "seconds": 4.0} for x in (plain, ours)]
     rows = [x for x in comparison.rows() if x["set"] == "a" and x["backend"] == "cuda"]
     assert [(x["threads"], x["ratio_to_llama_cpp"]) for x in rows] == [(2, 4), (1, 1)]
     assert all(x["ratio_to_generate"] is None for x in rows)

@@ -9,12 +9,10 @@ import { pathToFileURL } from "node:url";
 const installed = join(process.argv[2], "node_modules", "node-llama-cpp");
 const library = await import(pathToFileURL(join(installed, "dist", "index.js")));
 const { version } = JSON.parse(await readFile(join(installed, "package.json"), "utf8"));
-const NO_GGUF = "needs the target as a GGUF file: --gguf FILE";
 
 let sequences, stopTokens;
 
 async function load(setup) {
-    if (!setup.gguf) throw new Error(NO_GGUF);
     const llama = await library.getLlama({
         gpu: false,
         build: "never",
@@ -38,30 +36,30 @@ async function load(setup) {
     };
 }
 
-async function decode({ prompt_ids, method, max_tokens }) {
+async function decode({ prompts, method, max_tokens }) {
+    const [promptIds] = prompts; // one at a time
     const sequence = sequences[method];
     await sequence.clearHistory();
-    sequence.tokenPredictor?.updateInputTokens?.(prompt_ids);
+    sequence.tokenPredictor?.updateInputTokens?.(promptIds);
     const before = sequence.tokenPredictions.used;
     const tokenIds = [];
-    let prefilled, last, usage;
-    for await (const token of sequence.evaluate(prompt_ids, { temperature: 0 })) {
-        last = performance.now();
-        prefilled ??= last;
+    const started = performance.now();
+    let first, last, usage;
+    for await (const token of sequence.evaluate(promptIds, { temperature: 0 })) {
+        last = (performance.now() - started) / 1000;
+        first ??= last;
         usage ??= process.cpuUsage();
         tokenIds.push(token);
         if (stopTokens.has(token) || tokenIds.length === max_tokens) break;
     }
-    const tokens = tokenIds.length - 1;
     const accepted = sequence.tokenPredictions.used - before;
-    const seconds = (last - prefilled) / 1000;
     const { user, system } = process.cpuUsage(usage);
     return {
-        token_ids: tokenIds,
-        tokens,
-        forwards: tokens - accepted,
-        seconds,
+        token_ids: [tokenIds],
+        first: [first],
+        seconds: last,
         processor_seconds: (user + system) / 1e6,
+        forwards: tokenIds.length - 1 - accepted,
     };
 }
 

@@ -1,6 +1,7 @@
 """The worker's side of the protocol: JSON lines, one answer to each request.
 
-The first request is the setup, and its answer describes the loaded models. All others are prompts.
+The first request is the setup, and its answer describes the loaded models. All others have prompts
+that are handed over at once.
 """
 
 from __future__ import annotations
@@ -8,21 +9,59 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
 Answer = dict[str, Any]
+
+
+class Answers:
+    """The new tokens of prompts that are handed over now, and the times at which they arrive."""
+
+    def __init__(self, prompts: int) -> None:
+        self.token_ids: list[list[int]] = [[] for _ in range(prompts)]
+        self._first: list[float | None] = [None] * prompts
+        self._started = time.perf_counter()
+        self._processor: list[float] = []
+
+    def add(self, number: int, token_ids: Sequence[int]) -> None:
+        """Record tokens of a prompt's answer that have just arrived."""
+        self.token_ids[number] += token_ids
+        self._last = time.perf_counter() - self._started
+        self._processor.append(time.process_time())
+        if self._first[number] is None:
+            self._first[number] = self._last
+
+    def reply(self, forwards: int) -> Answer:
+        """Answer the prompts.
+
+        Times are seconds: to the first token of each answer and to the last token of all, and
+        those of all threads in between.
+
+        Args:
+            forwards: the target's forward passes after the prefill.
+        """
+        return {
+            "token_ids": self.token_ids,
+            "first": self._first,
+            "seconds": self._last,
+            "processor_seconds": self._processor[-1] - self._processor[0],
+            "forwards": forwards,
+        }
+
+
 Decode = Callable[..., Answer]
+"""Takes `prompts`, `method`, `budget` and `max_tokens`; returns what `Answers.reply` does."""
 
 
 def serve(load: Callable[[dict[str, Any]], tuple[Answer, Decode]]) -> None:
     """Answer requests until standard input ends; a failure is answered with its error.
 
     Args:
-        load: takes the setup; returns a result of `describe`, and a function of `prompt_ids`,
-            `method`, `budget` and `max_tokens` that returns a result of `answer`.
+        load: takes the setup; returns what `describe` does, and the function that decodes.
     """
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of libraries must not mix with the answers
@@ -54,29 +93,4 @@ def describe(
         "dtype": str(dtype).rpartition(".")[2],
         "versions": {name: version(name) for name in packages},
         "skipped": skipped or {},
-    }
-
-
-def answer(
-    token_ids: list[int],
-    tokens: int,
-    forwards: int,
-    seconds: float,
-    processor_seconds: float | None = None,
-) -> Answer:
-    """Answer a prompt.
-
-    Args:
-        token_ids: all new tokens.
-        tokens: number of new tokens, without the prefill's.
-        forwards: target forward passes after the prefill.
-        seconds: wall time from the end of the prefill to the last token.
-        processor_seconds: time of all threads in between; None if it was not measured.
-    """
-    return {
-        "token_ids": token_ids,
-        "tokens": tokens,
-        "forwards": forwards,
-        "seconds": seconds,
-        "processor_seconds": processor_seconds,
     }

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-from serve import answer, describe, serve
+from serve import Answers, describe, serve
 
 import treeflash
 from treeflash.config import AUTO, METHODS
+from treeflash.decoding import Request, SchedulerConfig
 
-PACKAGES = {"cuda": ("treeflash", "torch", "transformers"), "mlx": ("treeflash", "mlx", "mlx-lm")}
+PACKAGES = {"cuda": ("torch", "transformers"), "mlx": ("mlx", "mlx-lm")}
 
 
 def load(setup: dict[str, Any]) -> tuple[dict, Any]:
@@ -32,18 +32,19 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
     if backend.drafter is None:
         methods = ["ar", "suffix"]
 
-    def decode(prompt_ids: list[int], method: Any, budget: Any, max_tokens: int) -> dict:
+    def decode(prompts: list[list[int]], method: Any, budget: Any, max_tokens: int) -> dict:
         options = {} if budget is None else {"budget": budget}
-        stream = model.stream(prompt_ids, method=method, max_tokens=max_tokens, **options)
-        next(stream)  # the token of the prefill
-        start = time.process_time()
-        result = stream.run()
-        spent = time.process_time() - start
-        lengths = result.accepted_lengths
-        return answer(result.token_ids, sum(lengths), len(lengths), result.decode_s, spent)
+        config = model.decode_config({"method": method, "max_tokens": max_tokens, **options})
+        scheduler = model.scheduler(SchedulerConfig(max_parallel=len(prompts)), None)
+        requests = [Request(prompt_ids=x, config=config, tag=n) for n, x in enumerate(prompts)]
+        answers, forwards = Answers(len(prompts)), -1  # the prefill
+        for request, step in scheduler.decode(requests):
+            answers.add(request.tag, step.tokens)
+            forwards += 1
+        return answers.reply(forwards)
 
     device = "cpu" if backend.device == "cpu" else backend.device_name
-    return describe(methods, device, backend.dtype, PACKAGES[name]), decode
+    return describe(methods, device, backend.dtype, ("treeflash", *PACKAGES.get(name, ()))), decode
 
 
 if __name__ == "__main__":
