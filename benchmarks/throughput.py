@@ -136,6 +136,8 @@ def make_rows(records: Sequence[Row]) -> list[Row]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     args = parser().parse_args(argv)
+    if args.backend == "cpu":  # PyTorch's backend by its other name
+        args.backend, args.device = "cuda", "cpu"
     target = resolve_target(args.target)
     tokenizer = Tokenizer.from_folder(target)
     groups = {}
@@ -157,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for n, group in enumerate(track(groups[name, number], f"{name}, {number} at once")):
                     comparison.run(group, args.max_tokens, keep={"set": name, "group": n})
     comparison.check()
+    if not any(x["system"] == "treeflash" for x in comparison.records):
+        raise ConfigError("treeflash was not measured; see the reasons above, or --methods")
     rows = make_rows(comparison.records)
     pair = {"backend": args.backend, **{x: peers[-1].description[x] for x in ("device", "dtype")}}
     title = f"throughput, {', '.join(pair.values())}, {args.max_tokens} tokens per prompt"

@@ -44,7 +44,9 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
         return answers.reply(forwards)
 
     device = "cpu" if backend.device == "cpu" else backend.device_name
-    return describe(methods, device, backend.dtype, ("treeflash", *PACKAGES.get(name, ()))), decode
+    skipped = {x: "the pair cannot draft for it" for x in METHODS if x not in methods}
+    packages = ("treeflash", *PACKAGES.get(name, ()))
+    return describe(methods, device, backend.dtype, packages, skipped), decode
 
 
 if __name__ == "__main__":
