@@ -36,6 +36,7 @@ from treeflash.config import LoadConfig, Method, SamplingConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.session import SequenceSession
 from treeflash.errors import ConfigError, UnsupportedModelError
+from treeflash.hub.models import resolve_target
 from treeflash.language_model import LanguageModel, LocatedPair
 from treeflash.registry import loader
 from treeflash.text.generation import PHASES, Generation, mean
@@ -183,7 +184,8 @@ def peer(device: Device, part: Part) -> None:
     tokenizer = Tokenizer.from_folder(pair.target, thinking=pair.thinking)
     name = BASELINES[device.backend]
     (system,) = [x for x in SYSTEMS if x.name == name]
-    setup = setup_of(device.args, pair.target, tokenizer)
+    # Weights of few bits, which treeflash may keep, are none for another package.
+    setup = setup_of(device.args, resolve_target(device.args.target), tokenizer)
     first, *rest = prompt_ids(tokenizer)
     request = {"method": "generate", "budget": None, "max_tokens": device.args.max_tokens}
     with closing(Peer(system, setup, os.cpu_count() or 1)) as worker:

@@ -283,7 +283,7 @@ def test_the_quality_of_few_bits_is_measured(module, tmp_path):
 @pytest.mark.parametrize(
     ("name", "own"),
     [
-        ("throughput", "--backend cuda --concurrency 1,2"),
+        ("throughput", "--backend cpu --concurrency 1,2"),
         ("peers.__main__", "--systems transformers,treeflash --backends cuda --threads 1"),
     ],
 )
@@ -299,6 +299,16 @@ def test_a_comparison_runs(name, own, module, options, tmp_path):
     assert all(row["equal"] == row["prompts"] > 0 for row in rows)
     assert {row["method"] for row in results["skipped"]} <= {"assisted"}
     assert results["device"] == "cpu"
+
+
+# Seconds, for processes that load PyTorch.
+@pytest.mark.nightly
+def test_a_throughput_without_treeflash_is_an_error(module, options, tmp_path, capsys):
+    prompts = tmp_path / "a.jsonl"
+    prompts.write_text(json.dumps({"id": 0, "turns": ["Why"]}))
+    own = ["--backend", "cpu", "--methods", "generate", "--concurrency", "1", "--limit", "1"]
+    assert module("throughput").main([str(prompts), *options, *own]) == 2
+    assert "treeflash was not measured; see the reasons above" in capsys.readouterr().err
 
 
 ROOT = Path(__file__).parents[2]
