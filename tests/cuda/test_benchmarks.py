@@ -17,12 +17,14 @@ from byte_tokens import endless_pair
 from failures import failing
 from gguf import GGMLQuantizationType
 from gguf_files import write_gguf
+from safetensors.numpy import load_file, save_file
 from stand_ins import stand_in
 
 import treeflash
 from treeflash.config import METHODS, LoadConfig
 from treeflash.testing import require
 from treeflash.testing.models import write_pair, write_target
+from treeflash.text.tokenizer import Tokenizer
 
 require("torch")
 
@@ -309,6 +311,20 @@ def test_a_throughput_without_treeflash_is_an_error(module, options, tmp_path, c
     own = ["--backend", "cpu", "--methods", "generate", "--concurrency", "1", "--limit", "1"]
     assert module("throughput").main([str(prompts), *options, *own]) == 2
     assert "treeflash was not measured; see the reasons above" in capsys.readouterr().err
+
+
+# Seconds, for a process that loads PyTorch.
+@pytest.mark.nightly
+def test_transformers_is_not_measured_with_random_weights(module, options):
+    target = Path(options[1])
+    tensors = load_file(target / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    args = module("throughput").parser().parse_args(["a.jsonl", *options])
+    setup = module("peers.pair").setup_of(args, target, Tokenizer.from_folder(target))
+    system = module("peers.system")
+    with pytest.raises(system.PeerError, match=r"has no model\.norm\.weight for transformers"):
+        system.Peer(system.SYSTEMS[0], setup, threads=1)
 
 
 ROOT = Path(__file__).parents[2]

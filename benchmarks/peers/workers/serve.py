@@ -38,8 +38,8 @@ class Answers:
     def reply(self, forwards: int) -> Answer:
         """Answer the prompts.
 
-        Times are seconds: to the first token of each answer and to the last token of all, and
-        those of all threads in between.
+        Times are seconds: to the first token of each answer, to the last token of all, and the
+        processor time of all threads in between.
 
         Args:
             forwards: the target's forward passes after the prefill.
@@ -54,14 +54,15 @@ class Answers:
 
 
 Decode = Callable[..., Answer]
-"""Takes `prompts`, `method`, `budget` and `max_tokens`; returns what `Answers.reply` does."""
+"""Takes `prompts`, `method`, `budget` and `max_tokens`; returns the reply of `Answers`."""
 
 
 def serve(load: Callable[[dict[str, Any]], tuple[Answer, Decode]]) -> None:
     """Answer requests until standard input ends; a failure is answered with its error.
 
     Args:
-        load: takes the setup; returns what `describe` does, and the function that decodes.
+        load: takes the setup; returns the description of the models, made by `describe`, and the
+            function that decodes.
     """
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of libraries must not mix with the answers

@@ -82,7 +82,12 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
     """Load the target and the drafter, if given."""
     device = setup["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "auto" if setup["dtype"] == "auto" else getattr(torch, setup["dtype"])
-    model: Any = AutoModelForCausalLM.from_pretrained(setup["target"], dtype=dtype)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        setup["target"], dtype=dtype, output_loading_info=True
+    )
+    if missing := sorted(found["missing_keys"]):
+        # transformers only warns, and fills them with random numbers.
+        raise ValueError(f"{setup['target']} has no {missing[0]} for transformers")
     stop = setup["stop_token_ids"]
     pad = stop[0] if stop else 0
     # A checkpoint's own settings may sample or penalise repetition.
