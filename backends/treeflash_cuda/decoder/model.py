@@ -36,16 +36,16 @@ from treeflash_cuda.decoder.operations import (
     DecoderOperations,
     Recurrences,
     Rotation,
-    Weights,
     constant,
 )
+from treeflash_cuda.decoder.weights import DecoderWeights
 from treeflash_cuda.experts import routed
 
 
 class AttentionMixer(nn.Module):
     """Attention, whose output some families multiply with a gate."""
 
-    def __init__(self, facts: DecoderFacts, index: int, weights: Weights) -> None:
+    def __init__(self, facts: DecoderFacts, index: int, weights: DecoderWeights) -> None:
         super().__init__()
         self.facts, self.window = facts, facts.windows[index]
         self.slot = facts.attention_layers.index(index)  # its number in the KV caches
@@ -84,7 +84,7 @@ class AttentionMixer(nn.Module):
 class GatedDeltaNet(nn.Module):
     """A gated delta net with a short convolution, and a gated norm of what rows read."""
 
-    def __init__(self, facts: DecoderFacts, index: int, weights: Weights) -> None:
+    def __init__(self, facts: DecoderFacts, index: int, weights: DecoderWeights) -> None:
         super().__init__()
         assert facts.delta_nets is not None
         self.facts, self.nets, self.index = facts, facts.delta_nets, index
@@ -123,7 +123,7 @@ class Network(nn.Module):
         self,
         facts: DecoderFacts,
         operations: DecoderOperations,
-        weights: Weights,
+        weights: DecoderWeights,
         place: str,
         inner: int,  # numbers between the products
         names: tuple[str, str, str] = NETWORK,
@@ -144,7 +144,11 @@ class ExpertNetwork(nn.Module):
     """The weighted sum of the networks that the router chooses for a row."""
 
     def __init__(
-        self, facts: DecoderFacts, operations: DecoderOperations, weights: Weights, layer: str
+        self,
+        facts: DecoderFacts,
+        operations: DecoderOperations,
+        weights: DecoderWeights,
+        layer: str,
     ) -> None:
         super().__init__()
         assert facts.experts is not None
@@ -175,7 +179,7 @@ class NetworkList(nn.ModuleList):
         self,
         facts: DecoderFacts,
         operations: DecoderOperations,
-        weights: Weights,
+        weights: DecoderWeights,
         places: Sequence[str],  # the places of the experts
     ) -> None:
         assert facts.experts is not None
@@ -202,7 +206,7 @@ class JoinedNetworks(nn.Module):
         self,
         facts: DecoderFacts,
         operations: DecoderOperations,
-        weights: Weights,
+        weights: DecoderWeights,
         places: Sequence[str],  # the places of the experts
     ) -> None:
         super().__init__()
@@ -239,7 +243,11 @@ class DecoderLayer(nn.Module):
     """One layer."""
 
     def __init__(
-        self, facts: DecoderFacts, index: int, operations: DecoderOperations, weights: Weights
+        self,
+        facts: DecoderFacts,
+        index: int,
+        operations: DecoderOperations,
+        weights: DecoderWeights,
     ) -> None:
         super().__init__()
         self.facts, self.operations = facts, operations
@@ -306,7 +314,7 @@ class Decoder(nn.Module):
     """The layers between embeddings and the output head, and both of them."""
 
     def __init__(
-        self, facts: DecoderFacts, operations: DecoderOperations, weights: Weights
+        self, facts: DecoderFacts, operations: DecoderOperations, weights: DecoderWeights
     ) -> None:
         super().__init__()
         self.facts, self.operations = facts, operations

@@ -1,4 +1,4 @@
-"""What a decoder's layers are made of: weights, attention, and operations that may be replaced."""
+"""What the passes of a decoder differ in: attention, recurrences, and operations of the device."""
 
 from __future__ import annotations
 
@@ -11,53 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treeflash_cuda.linear import (
-    LowBitEmbedding,
-    LowBitLinear,
-    PackedLinear,
-    PlainLinear,
-    can_pack,
-    join,
-)
+from treeflash_cuda.linear import PackedLinear, PlainLinear, can_pack, join
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]
 """The cosines and sines of n rows, in the form that the device's attention reads."""
-
-
-Table: TypeAlias = nn.Embedding | LowBitEmbedding
-
-
-class Weights(Protocol):
-    """The weights of a decoder, by the names of transformers' modules."""
-
-    dtype: torch.dtype
-    place: str  # the name of the decoder
-
-    def norm(self, name: str, size: int) -> Tensor:
-        """Return the (size,) float32 weight of the norm with a name."""
-
-    def read(self, name: str, *shape: int) -> Tensor:
-        """Return the tensor with a name, which must have this shape."""
-
-    def table(self, name: str, rows: int, size: int) -> Table:
-        """Return the input table: (..., size) rows of (...) tokens."""
-
-    def head(
-        self, name: str, table: Table | None, rows: int, size: int
-    ) -> tuple[nn.Module, Tensor | LowBitLinear]:
-        """Return the output head, and the weight that tokens have rows of.
-
-        `table` is the input table if its weight is the head's.
-        """
-
-    def linear(self, place: str, size: int, **outputs: int) -> nn.Module:
-        """Return the layers with these names and numbers of outputs as one.
-
-        They are beside each other at a place, and read the same `size` numbers.
-        """
-
-    def stacked(self, places: Sequence[str], size: int, **outputs: int) -> Tensor:
-        """Return the (places, outputs, size) weights of such layers at several places."""
 
 
 class Attention(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from treeflash.low_bits import LowBitWeight, StoredWeight
 from treeflash.low_bits import join as join_weights
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.families import NETWORK, QKV
-from treeflash_cuda.decoder.operations import DecoderOperations, Table
+from treeflash_cuda.decoder.operations import DecoderOperations
 from treeflash_cuda.linear import LowBitEmbedding, LowBitLinear
 
 OUTPUT_HEAD = "lm_head"
@@ -36,8 +36,8 @@ DTYPES = dict(
     zip(FLOATS, (torch.bfloat16, torch.float16, torch.float32, torch.float64), strict=True)
 )
 """Types of numbers, by their names in files."""
-CPU = torch.device("cpu")
 Packed = TypeVar("Packed", bound=LowBitLinear)
+Table: TypeAlias = nn.Embedding | LowBitEmbedding
 
 
 class Checkpoint:
@@ -176,7 +176,7 @@ class Checkpoint:
 
 
 class DecoderWeights:
-    """`Weights` of a checkpoint in a dtype."""
+    """The weights of a decoder in a dtype, by the names of transformers' modules."""
 
     def __init__(
         self,
@@ -186,8 +186,8 @@ class DecoderWeights:
         facts: DecoderFacts,
         *,
         unpack: bool,  # whether packed weights are dequantised
-        device: torch.device = CPU,  # weights that stay packed are on the CPU
-        adapter: str | None = None,  # the folder of a LoRA adapter, merged into weights
+        device: torch.device,  # weights that stay packed are on the CPU
+        adapter: str | None,  # the folder of a LoRA adapter, merged into weights
     ) -> None:
         """Take a checkpoint; raises the errors of `read_adapter`."""
         self.checkpoint, self.operations, self.dtype = checkpoint, operations, dtype
@@ -253,7 +253,10 @@ class DecoderWeights:
         return self.operations.linear([weight], [None]), weight
 
     def linear(self, place: str, size: int, **outputs: int) -> nn.Module:
-        """Return the layers at a place with these names and numbers of outputs as one."""
+        """Return the layers with these names and numbers of outputs as one.
+
+        They are beside each other at a place, and read the same `size` numbers.
+        """
         names = {f"{place}.{x}": n for x, n in outputs.items()}
         stored = {x: self._stored(x, n) for x, n in outputs.items()}
         has_bias = {f"{place}.{x}": stored[x][0] in self.facts.biases for x in outputs}
