@@ -329,6 +329,26 @@ def test_training_continues_from_a_drafter_with_another_head(head, run, tmp_path
         run("third", **{**changes, "head": "swiglu"})
 
 
+@pytest.mark.sample(None)
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("Qwen3DSparkModel", {}),  # its root's slot predicts a token
+        ("MuseGlimmerAssistantModel", {"layer_types": ["sliding_attention"] * 2}),  # sees both ways
+    ],
+)
+def test_a_head_is_not_added_where_its_format_means_another_block(
+    architecture, settings, run, tmp_path
+):
+    run("first", head="none", steps=1)
+    settings = {"architectures": [architecture], "sliding_window": 8, **settings}
+    edit_config(tmp_path / "first", lambda config: config.update(settings))
+    changes = {"head_size": None, "init": str(tmp_path / "first"), "steps": 1}
+    assert run("same", head="none", **changes)
+    with pytest.raises(ConfigError, match="first has the head none, and its layers cannot serve"):
+        run("second", head="swiglu", **changes)
+
+
 def test_training_stops_when_the_time_is_over(run, monkeypatch):
     def take_step(step, rate, *_):
         return {"step": step + 1, "learning_rate": rate, "loss": 1.0, "seconds": 6.0}

@@ -17,8 +17,11 @@ from treeflash.drafters.backbone import default_target_layer_ids
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, stored_shapes
 from treeflash.drafters.formats import (
+    DFLASH,
     SELECTOR_DEFAULTS,
+    TREEFLASH,
     TREEFLASH_HEADS,
+    detect_format,
     parse_drafter_config,
 )
 from treeflash.drafters.heads.markov import Markov
@@ -98,10 +101,12 @@ def drafter_settings(config: TrainConfig, target: ModelTarget) -> dict[str, Any]
     head = trained_head_name(drafter.head)
     if head == config.head:
         return settings
-    if not {config.head, head} <= {"none", *TREEFLASH_HEADS}:
+    # With a head it is read as a TreeFlash drafter, whose slots predict and see as in DFlash.
+    is_dflash = detect_format(settings) in (DFLASH, TREEFLASH)
+    if not is_dflash or config.head not in ("none", *TREEFLASH_HEADS):
         raise ConfigError(
             f"the drafter in {folder} has the head {head}, and its layers cannot serve the head "
-            f"{config.head}; use another --init"
+            f"{config.head}; use --head {head}, or another --init"
         )
     return with_head(settings, config)
 
