@@ -423,6 +423,12 @@ def test_a_save_or_a_line_of_the_log_that_was_cut_short_does_not_matter(steps, f
     assert len((folder / "log.jsonl").read_text().splitlines()) == 6
 
 
+def test_a_run_killed_after_its_best_drafter_and_before_a_save_goes_on(steps):
+    limits = {"patience": 3, "validate_every": 1, "save_every": 6}
+    assert steps(stop=2, **limits) == [1, 2]
+    assert steps(**limits)[0] == 2, "the state is saved with the first drafter, after step 1"
+
+
 def test_the_checkpoint_is_written_before_the_last_state(steps, folder):
     with failing(loop, "export", KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         steps(save_every=6)

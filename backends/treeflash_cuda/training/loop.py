@@ -148,6 +148,8 @@ def train(
                 )
                 is_saved = is_last or interrupt or step % config.save_every == 0
                 is_lowest = config.patience is not None and "validation" in record and is_best
+                if is_lowest and not run.has_state:
+                    is_saved = True  # a drafter without a state is not overwritten
                 is_needed = config.patience is None or not has_checkpoint(output)
                 # This order gives a run with its last state a checkpoint too.
                 if is_lowest or (is_saved and is_needed):

@@ -186,7 +186,7 @@ class TrainingRun:
         Raises a ConfigError if the state or the log is damaged.
         """
         step = 0
-        if self._state.exists():
+        if self.has_state:
             step = int(self._read_state()["step"])
             try:
                 self._accelerator.load_state(str(self._state))
@@ -200,6 +200,11 @@ class TrainingRun:
             except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError) as error:
                 raise _damaged(self.folder / "log.jsonl", error) from error
         return step
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is a state from which the run can be resumed."""
+        return self._state.exists()
 
     @property
     def records(self) -> list[Record]:
