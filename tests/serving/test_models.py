@@ -315,6 +315,31 @@ def test_a_client_that_leaves_while_its_model_is_loaded(pairs, loads):
     assert loads.begun == {"One": 1}
 
 
+def test_all_who_wait_for_a_model_are_told_that_the_server_ends(pairs, loads):
+    """Also those whose load would begin between the signal and the server's next tick."""
+    app = application(pool := make_pool(pairs, loads))
+    loads.gates["One"] = threading.Event()
+    headers = {"Content-Type": "application/json"}
+    bodies = [json.dumps(question(name)).encode() for name in ("One", "two")]
+
+    async def run():
+        asked = [asyncio.create_task(ask_async(app, "POST", CHAT, headers, [x])) for x in bodies]
+        while not loads.begun["One"]:
+            await asyncio.sleep(0.001)
+        pool.drain()
+        loads.gates["One"].set()
+        while pool.models[1].stay is not None:
+            await asyncio.sleep(0.001)
+        pool.end_waiting()
+        done, waiting = await asyncio.wait(asked, timeout=10)
+        return [x.result().status for x in done], len(waiting)
+
+    told, waiting = asyncio.run(run())
+    pool.close()
+    assert (told, waiting) == ([503, 503], 0)
+    assert loads.begun == {"One": 1}
+
+
 def test_conversations_go_on_after_the_next_load(serve_models, loads, alone, own_cache, tmp_path):
     """The models share the folder of states, in which each finds its own."""
     states = tmp_path / "states"

@@ -316,22 +316,25 @@ class ModelPool:
     async def _load(self, stay: Stay, loaded: asyncio.Future[None]) -> None:
         """Load a model for the requests that wait for it, and tell them."""
         model = stay.model
+        error: APIError | None = None
         async with self.changing:
-            if not stay.uses or self.draining:  # all have left, or are told so
+            if self.draining:
+                error = shutting_down()
+            elif stay.uses:  # else all have left
+                try:
+                    await self._load_into_room(stay)
+                except Exception as reason:
+                    model.metrics.count_failed_load()
+                    error = _load_error(model.name, reason)
+            if stay.service is None:
                 model.stay = None
-                return
-            try:
-                await self._load_into_room(stay)
-            except Exception as error:
-                model.metrics.count_failed_load()
-                model.stay = None
-                if not loaded.done():
-                    loaded.set_exception(_load_error(model.name, error))
             self._loading = None  # unless the end of the event loop cancels this task
-        if not loaded.done() and stay.service is not None:
-            loaded.set_result(None)
-        if loaded.done() and not loaded.cancelled():
-            loaded.exception()  # all who waited may have left
+        if not loaded.done():  # else `end_waiting` has told them
+            if error is None:
+                loaded.set_result(None)
+            else:
+                loaded.set_exception(error)
+        loaded.exception()  # all who waited may have left
         if not stay.uses:
             self._limit(stay)
 
