@@ -26,7 +26,7 @@ from treeflash.config import GIB, DecodeConfig
 from treeflash.decoding.interfaces import DeviceReport
 from treeflash.errors import CheckpointError, ConfigError, NumericalError
 from treeflash.serving import application
-from treeflash.serving.engine import Completion, Engine
+from treeflash.serving.engine import AnswerUpdate, Completion, Engine
 from treeflash.serving.models import ModelPool, ModelSpec
 from treeflash.serving.settings import Settings
 from treeflash.serving.streaming import speculative_decoding
@@ -371,8 +371,8 @@ def test_the_end_waits_for_running_answers(model):
         wait_until(lambda: server.server.should_exit)
 
 
-def test_counts_of_a_stream_look_at_each_chunk_once():
-    """A stream may send them with each chunk."""
+def test_counts_of_a_stream_are_those_of_what_it_has_read():
+    """A stream may send them with each chunk, after the engine has generated others."""
 
     class Tree:
         looks = 0
@@ -392,17 +392,20 @@ def test_counts_of_a_stream_look_at_each_chunk_once():
         tree = None if number == 0 else Tree(1 + number % 4)
         path = None if tree is None else range(1 + number % 2 * (len(tree) > 1))
         step = SimpleNamespace(tree=tree, path=path, cached_tokens=5, disk_tokens=2)
-        return SimpleNamespace(token_ids=(1, 2), step=step)
+        return SimpleNamespace(token_ids=(1, 2), step=step, finish_reason=None)
 
     async def count(prompts, answers):
         texts = [SimpleNamespace(chunks=[], prompt_ids=(1, 2, 3)) for _ in range(answers)]
         completion = Completion(texts, prompts, lambda _: None, 1.0)
         for number in range(100):
-            for text in texts:
+            for index, text in enumerate(texts):
                 text.chunks.append(chunk(number))
-            usage = completion.usage
+                completion.deliver([AnswerUpdate(index, number, text.chunks[-1])])
+        for number in range(100 * answers):
+            await anext(completion)
+            assert completion.usage.completion_tokens == 2 * (number + 1)
             speculative_decoding(completion)
-        return usage, speculative_decoding(completion)
+        return completion.usage, speculative_decoding(completion)
 
     usage, drafts = asyncio.run(count(1, 1))
     assert Tree.looks <= 100

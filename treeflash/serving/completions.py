@@ -149,7 +149,7 @@ class CompletionFormatter(ChoicesFormatter):
         new = [] if self._prompt_only else chunks
         text = "".join(chunk.text for chunk in new)
         if begins and self._prompts is not None:
-            prompt = self._prompts[index // self._answers_per_prompt]
+            prompt = self._prompts[index // self._completion.answers_per_prompt]
             text = (prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)) + text
         return {
             "index": index,
@@ -158,10 +158,6 @@ class CompletionFormatter(ChoicesFormatter):
             "finish_reason": "length" if self._prompt_only else finish_reason,
         }
 
-    @property
-    def _answers_per_prompt(self) -> int:
-        return len(self._completion.answers) // self._completion.prompts
-
     def _log_probs(self, index: int, chunks: Sequence[Chunk], begins: bool) -> dict[str, Any]:
         """Return four lists with an entry for each token; a prompt's first token has no values."""
         name, token_bytes = partial(token_name, self._tokenizer), self._tokenizer.token_bytes
@@ -169,7 +165,7 @@ class CompletionFormatter(ChoicesFormatter):
         scored = [token for chunk in chunks for token in chunk.log_probs]
         if begins and self._prompts is not None:
             # The first answer to a prompt has the log probabilities for all of them.
-            leader = self._completion.answers[index - index % self._answers_per_prompt]
+            leader = self._completion.answers[index - index % self._completion.answers_per_prompt]
             first, rest = leader.prompt_ids[:1], leader.prompt_ids[1:]
             if (values := leader.chunks[0].step.prompt_log_probs) is not None:
                 scored = TokenLogProb.of_tokens(rest, values) + scored

@@ -68,7 +68,7 @@ Update: TypeAlias = AnswerUpdate | PromptUpdate | Exception
 
 @dataclass
 class Usage:
-    """Counts of a completion so far; each prompt counts once, everything else for all answers."""
+    """Counts of a completion; each prompt counts once, everything else for all answers."""
 
     prompt_tokens: int
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache
@@ -90,9 +90,10 @@ class Completion:
     `timeout` seconds, iteration raises a TimeoutError.
 
     Attributes:
-        prompts: number of prompts.
         answers: the tokens and text so far, one for each prompt and answer.
+        answers_per_prompt: number of answers to each prompt.
         submitted: the time of the submission, by the clock.
+        usage: counts of the updates that were read.
     """
 
     def __init__(
@@ -103,8 +104,8 @@ class Completion:
         timeout: float,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.prompts = prompts
         self.answers = tuple(answers)
+        self.answers_per_prompt = len(self.answers) // prompts
         self.submitted = clock()
         self._clock = clock
         self._deadline = asyncio.get_running_loop().time() + timeout
@@ -112,38 +113,13 @@ class Completion:
         self._first: AnswerUpdate | None = None  # the update that `prompt_updates` ended with
         self._unfinished = len(self.answers)
         self._cancel = cancel
-        firsts = self.answers[:: len(self.answers) // prompts]
-        self._usage = Usage(prompt_tokens=sum(len(answer.prompt_ids) for answer in firsts))
-        self._counted = [0] * len(self.answers)  # chunks of each answer
+        firsts = self.answers[:: self.answers_per_prompt]
+        self.usage = Usage(prompt_tokens=sum(len(answer.prompt_ids) for answer in firsts))
 
     @property
     def seconds(self) -> float:
         """The time since the submission."""
         return self._clock() - self.submitted
-
-    @property
-    def usage(self) -> Usage:
-        """The counts so far: the chunks that are new since the last call are added."""
-        answers_per_prompt, counts = len(self.answers) // self.prompts, self._usage
-        for index, answer in enumerate(self.answers):
-            first = self._counted[index]
-            chunks = answer.chunks[first:]
-            self._counted[index] += len(chunks)
-            if chunks and first == 0 and index % answers_per_prompt == 0:
-                counts.cached_tokens += chunks[0].step.cached_tokens
-                counts.disk_tokens += chunks[0].step.disk_tokens
-            for chunk in chunks:
-                counts.completion_tokens += len(chunk.token_ids)
-                tree, path = chunk.step.tree, chunk.step.path
-                if tree is None or path is None:
-                    continue
-                counts.drafted_tokens += len(tree) - 1
-                counts.accepted_tokens += len(path) - 1
-                counts.iterations += 1
-                if len(tree) > 1:
-                    counts.drafts[len(path) - 1] += 1
-                    counts.deepest_draft = max(counts.deepest_draft, int(tree.depths.max()))
-        return counts
 
     def __aiter__(self) -> Completion:
         return self
@@ -157,7 +133,24 @@ class Completion:
         while not isinstance(update, AnswerUpdate):
             update = await self._next()
         self._unfinished -= update.chunk.finish_reason is not None
+        self._count(update)
         return update
+
+    def _count(self, update: AnswerUpdate) -> None:
+        counts, step = self.usage, update.chunk.step
+        counts.completion_tokens += len(update.chunk.token_ids)
+        if update.iteration == 0 and update.index % self.answers_per_prompt == 0:
+            counts.cached_tokens += step.cached_tokens
+            counts.disk_tokens += step.disk_tokens
+        if step.tree is None or step.path is None:
+            return
+        drafted, accepted = len(step.tree) - 1, len(step.path) - 1
+        counts.iterations += 1
+        counts.drafted_tokens += drafted
+        counts.accepted_tokens += accepted
+        if drafted:
+            counts.drafts[accepted] += 1
+            counts.deepest_draft = max(counts.deepest_draft, int(step.tree.depths.max()))
 
     async def prompt_updates(self) -> AsyncIterator[PromptUpdate]:
         """Yield how much of the prompts has run, until the first tokens of an answer arrive."""

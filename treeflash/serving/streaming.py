@@ -82,7 +82,6 @@ def _running(completion: Completion, path: str) -> Iterator[None]:
             yield
     finally:
         counts, seconds = completion.usage, completion.seconds
-        begun = sum(bool(answer.chunks) for answer in completion.answers)
         logger.info(
             "%s: %d prompt tokens (%d cached), %d new tokens in %.2f s, %.1f tokens/s, "
             "%.2f tokens per iteration, %s",
@@ -92,7 +91,7 @@ def _running(completion: Completion, path: str) -> Iterator[None]:
             counts.completion_tokens,
             seconds,
             counts.completion_tokens / seconds,
-            (counts.completion_tokens - begun) / max(counts.iterations, 1),
+            (counts.iterations + counts.accepted_tokens) / max(counts.iterations, 1),
             ", ".join(answer.finish_reason or "unfinished" for answer in completion.answers),
         )
 
