@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from failures import failing
 from prometheus_client.parser import text_string_to_metric_families
 from servers import Gate, wait_until
 
+from treeflash.config import DecodeConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.loop import Step
 from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import VerifyCosts
+from treeflash.errors import NumericalError
+from treeflash.serving.engine import Engine
 from treeflash.serving.metrics import Metrics, metrics_text
-from treeflash.text.stream import Chunk
+from treeflash.serving.settings import Settings
+from treeflash.text.stream import Assembler, Chunk
 
 
 def samples(text):
@@ -143,6 +149,27 @@ def test_tokens_and_seconds():
     }
     found = samples(metrics_text({"tiny": metrics}).decode())
     assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def test_an_answer_that_finished_before_a_failure_has_not_failed(model):
+    engine = Engine(lambda: model, Settings())
+    engine.start()
+    short, long = (
+        Assembler(model.backend, model.tokenizer, (5,), DecodeConfig(method="ar", max_tokens=n))
+        for n in (1, 9)
+    )
+    fault = NumericalError("logits are not finite")
+
+    async def answer():
+        with failing(long, "add", fault), pytest.raises(NumericalError):
+            await engine.submit([short, long], prompts=1).wait()
+
+    try:
+        asyncio.run(answer())
+    finally:
+        engine.stop()
+    found = samples(metrics_text({"tiny": engine.metrics}).decode())
+    assert found["request_success_totallength"] == found["request_failure_total"] == 1
 
 
 def test_nothing_is_drafted_without_a_drafter():

@@ -476,8 +476,8 @@ class Engine:
         self.metrics.update_gauges(self.scheduler)
 
     def _fail(self, completion: Completion, error: Exception) -> None:
+        self.metrics.count_failures(self._backlog[completion])
         self._drop(completion)
-        self.metrics.count_failures(len(completion.answers))
         completion.deliver([error])
         if is_out_of_memory(error):
             self.ran_out_of_memory()
