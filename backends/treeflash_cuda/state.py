@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treeflash.decoding.backend_base import BaseState, Unprojected, distinct, rows_of, with_rows
+from treeflash.decoding.backend_base import BaseState, Unprojected, distinct, with_rows
 from treeflash.decoding.interfaces import StateArrays
 from treeflash_cuda.cache import Arena, KVCache, from_host, to_host
 from treeflash_cuda.gpu.host_copies import host_copies
@@ -98,21 +98,6 @@ class State(BaseState[KVCache, CommittedStates]):
 
     def from_host(self, x: NDArray[Any]) -> Tensor:
         return from_host(x).to(self.kv_cache.arena.device)
-
-    def export_features(self, parts: Sequence[ContextPart]) -> StateArrays:
-        """Return the parts of a context by their numbers; `NUMBER.outputs` is not projected."""
-        return {
-            f"{n}.outputs" if isinstance(part, Unprojected) else f"{n}": to_host(rows_of(part))
-            for n, part in enumerate(parts)
-        }
-
-    def load_features(self, arrays: StateArrays) -> list[ContextPart]:
-        parts: dict[int, ContextPart] = {}
-        for name, x in arrays.items():
-            number, _, kind = name.partition(".")
-            rows = self.from_host(x)
-            parts[int(number)] = Unprojected(rows) if kind else rows
-        return [parts[n] for n in sorted(parts)]
 
     def export_recurrent(self, states: CommittedStates) -> StateArrays:
         return {".".join(map(str, key)): to_host(x) for key, x in states.items()}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from treeflash.decoding.backend_base import BaseState, Unprojected, rows_of, with_rows
 from treeflash.decoding.interfaces import StateArrays
-from treeflash_mlx.cache import KVCache, PassWrites, by_numbers, to_host
+from treeflash_mlx.cache import KVCache, PassWrites, by_numbers, from_host, to_host
 from treeflash_mlx.hybrid import RecurrentStates, state_arrays
 
 
@@ -66,6 +65,12 @@ class State(BaseState[KVCache, RecurrentStates]):
         if (storage := self.kv_cache.storage) is not None:
             storage.states.replace(self.kv_cache.row, states)
 
+    def to_host(self, x: mx.array) -> NDArray[Any]:
+        return to_host(x)
+
+    def from_host(self, x: NDArray[Any]) -> mx.array:
+        return from_host(x)
+
     def export_recurrent(self, states: RecurrentStates) -> StateArrays:
         return {
             f"{layer}.{n}": to_host(x)
@@ -80,17 +85,6 @@ class State(BaseState[KVCache, RecurrentStates]):
             [layers.get(layer, {}).get(n) for n in range(count)]
             for layer, count in enumerate(self.kv_cache.state_counts)
         ]
-
-    def export_features(self, parts: Sequence[ContextPart]) -> StateArrays:
-        """NUMBER.0 is projected, and NUMBER.1 is not."""
-        return {
-            f"{n}.{isinstance(part, Unprojected):d}": to_host(rows_of(part))
-            for n, part in enumerate(parts)
-        }
-
-    def load_features(self, arrays: StateArrays) -> list[ContextPart]:
-        parts = sorted(by_numbers(arrays).items())
-        return [part[0] if 0 in part else Unprojected(part[1]) for _, part in parts]
 
     def recurrent_arrays(self) -> list[mx.array]:
         """Return the snapshots: the present states are a part of the KV cache's storage."""

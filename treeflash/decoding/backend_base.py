@@ -222,12 +222,20 @@ class BaseState(ABC, Generic[K, R]):
         raise NotImplementedError
 
     def export_features(self, parts: Sequence[Any]) -> StateArrays:
-        """Return the parts of a context, by their numbers."""
-        return {str(n): self.to_host(part) for n, part in enumerate(parts)}
+        """Return the parts of a context by their numbers; `NUMBER.outputs` is not projected."""
+        return {
+            f"{n}.outputs" if isinstance(part, Unprojected) else f"{n}": self.to_host(rows_of(part))
+            for n, part in enumerate(parts)
+        }
 
     def load_features(self, arrays: StateArrays) -> list[Any]:
         """Load the parts of a context that `export_features` numbered."""
-        return [self.from_host(arrays[str(n)]) for n in range(len(arrays))]
+        parts: dict[int, Any] = {}
+        for name, x in arrays.items():
+            number, _, kind = name.partition(".")
+            rows = self.from_host(x)
+            parts[int(number)] = Unprojected(rows) if kind else rows
+        return [parts[n] for n in sorted(parts)]
 
     @property
     def length(self) -> int:

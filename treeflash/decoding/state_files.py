@@ -44,7 +44,7 @@ from safetensors.numpy import load, save
 from treeflash.decoding.images import NO_IMAGES
 from treeflash.decoding.interfaces import StateArrays
 
-FORMAT = b"treeflash state 2"
+FORMAT = b"treeflash state 3"
 Kind: TypeAlias = Literal["block", "unread", "end"]
 NAME = re.compile(r"[0-9a-f]{64}\.(block|unread|end)\.state")
 SCRATCH = re.compile(r"\.[0-9a-f]{64}\.(block|unread|end)\.[0-9a-f]+\.tmp")
