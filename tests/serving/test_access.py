@@ -539,6 +539,7 @@ ERRORS = [
     (PromptError("x"), 400, "invalid_request_error", None),
     (ConfigError("x"), 400, "invalid_request_error", None),
     (APIError(401, "x"), 401, "authentication_error", None),
+    (APIError(403, "x"), 403, "invalid_request_error", None),
     (APIError(404, "x"), 404, "not_found_error", None),
     (APIError(408, "x"), 408, "timeout_error", None),
     (APIError(413, "x"), 413, "invalid_request_error", None),
@@ -548,7 +549,12 @@ ERRORS = [
     (MemoryError("a secret"), 503, "service_unavailable_error", "memory"),
     (TimeoutError("a secret"), 504, "timeout_error", "timeout"),
 ]
-ANTHROPIC_TYPES = {"server_error": "api_error", "service_unavailable_error": "overloaded_error"}
+ANTHROPIC_TYPES = {
+    403: "permission_error",
+    413: "request_too_large",
+    500: "api_error",
+    503: "overloaded_error",
+}
 
 
 @pytest.mark.parametrize("path", STREAMS)
@@ -560,8 +566,9 @@ def test_errors_have_the_form_of_their_api(started, caplog, path, error, status,
     with failing(server.engine, "submit", error):
         response = httpx.post(f"{server.url}{path}", json=REQUESTS[path])
     if path == MESSAGES:
-        kind = ANTHROPIC_TYPES.get(kind, kind)
-        TypeAdapter(anthropic.types.ErrorResponse).validate_python(response.json())
+        kind = ANTHROPIC_TYPES.get(status, kind)
+        if status != 413:  # the documentation has its type, and the package has not
+            TypeAdapter(anthropic.types.ErrorResponse).validate_python(response.json())
     assert "secret" not in check_error(response, status, type=kind, code=code)
     if isinstance(error, KeyError):
         assert "a secret" in caplog.text

@@ -30,8 +30,13 @@ ERROR_TYPES = {
     504: "timeout_error",
 }
 """OpenAI's names of error types, by status; all others are `INVALID_REQUEST`."""
-ANTHROPIC_TYPES = {"server_error": "api_error", "service_unavailable_error": "overloaded_error"}
-"""Anthropic's names of error types that differ from OpenAI's."""
+ANTHROPIC_TYPES = {
+    403: "permission_error",
+    413: "request_too_large",
+    500: "api_error",
+    503: "overloaded_error",
+}
+"""Anthropic's names of error types, by status, where they differ from OpenAI's."""
 SERVER_FAILED = "the server failed; its log has the reason"
 GPU_LOST = "the GPU refuses further work, so the server ends; its log has the reason"
 
@@ -72,7 +77,8 @@ class APIError(Exception):
             return {"error": self._ollama or self.message}
         kind = ERROR_TYPES.get(self.status, INVALID_REQUEST)
         if path.startswith(ANTHROPIC):
-            kind, message = ANTHROPIC_TYPES.get(kind, kind), self._anthropic or self.message
+            kind = ANTHROPIC_TYPES.get(self.status, kind)
+            message = self._anthropic or self.message
             return {"type": "error", "error": {"type": kind, "message": message}}
         fields = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": fields}
