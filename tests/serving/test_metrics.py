@@ -13,6 +13,7 @@ from servers import Gate, wait_until
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
+from treeflash.decoding.interfaces import DeviceReport
 from treeflash.decoding.loop import Step
 from treeflash.decoding.tree import DraftTree
 from treeflash.decoding.verify_costs import VerifyCosts
@@ -170,6 +171,17 @@ def test_an_answer_that_finished_before_a_failure_has_not_failed(model):
         engine.stop()
     found = samples(metrics_text({"tiny": engine.metrics}).decode())
     assert found["request_success_totallength"] == found["request_failure_total"] == 1
+
+
+def test_a_later_load_leaves_no_kernel_of_an_earlier_one():
+    """A verdict may be timed at the first load, and kept for the next."""
+    metrics = Metrics()
+    for verdict in ("not used, slower", "not used, slower, timed on Monday"):
+        report = DeviceReport(kernels={"products": {"5": verdict}})
+        metrics.set_device(report)
+    found = samples(metrics_text({"tiny": metrics}).decode())
+    kernels = {name: value for name, value in found.items() if name.startswith("kernel")}
+    assert kernels == {"kernelproductsnot used, slower, timed on Monday5": 0}
 
 
 def test_nothing_is_drafted_without_a_drafter():

@@ -119,7 +119,9 @@ class Metrics:
         )
 
     def set_device(self, report: DeviceReport) -> None:
-        """Set the gauges of the device, which does not change once the models are loaded."""
+        """Set the gauges of the device, which does not change until the next load."""
+        for gauge in (self._kernels, self._exact):  # an earlier load may have had other reasons
+            gauge.clear()
         self._batches.set(report.batches)
         for kernel, verdicts in report.kernels.items():
             for size, verdict in verdicts.items():
