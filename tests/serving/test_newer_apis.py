@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import httpx
 import pytest
 
@@ -56,10 +58,15 @@ def test_counted_tokens_are_those_of_the_message(messages):
     assert usage.input_tokens + usage.cache_read_input_tokens == counted
 
 
-def conversation(supports_reasoning=True, **fields):
+def conversation(**fields):
     """What the model gets to see of a request."""
-    request = MessagesRequest(**{"messages": HELLO, "max_tokens": 9, **fields})
-    return request.conversation(supports_reasoning=supports_reasoning)
+    return MessagesRequest(**{"messages": HELLO, "max_tokens": 9, **fields}).conversation()
+
+
+def variables(conversation, supports_reasoning=True):
+    """The variables that the chat template gets from a conversation."""
+    tokenizer = SimpleNamespace(knows_thinking=supports_reasoning)
+    return conversation.variables(SimpleNamespace(tokenizer=tokenizer, defaults={}))
 
 
 def parts(*texts):
@@ -113,7 +120,7 @@ def test_all_messages_reach_the_model():
 
 @pytest.mark.parametrize(("supported", "args"), [(True, {"enable_thinking": True}), (False, {})])
 def test_adaptive_thinking_is_on_where_the_model_reasons(supported, args):
-    assert conversation(supported, thinking={"type": "adaptive"}).template_args == args
+    assert variables(conversation(thinking={"type": "adaptive"}), supported) == args
 
 
 def test_fields_keep_their_meaning():
@@ -124,7 +131,7 @@ def test_fields_keep_their_meaning():
     )
     options = request.options()
     assert options == {"max_tokens": 9, "stop": ["a"], **sampling}
-    (function,) = request.conversation(supports_reasoning=False).tools.functions
+    (function,) = request.conversation().tools.functions
     expected = {"name": "paint", "description": "Paints.", "parameters": COLOUR, "strict": True}
     assert function == {"type": "function", "function": expected}
 
@@ -210,7 +217,7 @@ def test_all_items_reach_the_model():
         function = {"name": name, "arguments": arguments}
         return {"id": f"call_{i}", "type": "function", "function": function}
 
-    assert request.conversation(supports_reasoning=True).messages == [
+    assert request.conversation().messages == [
         {"role": "system", "content": "Help.\n\nBe kind.\n\nBe quick."},
         {"role": "user", "content": "Paint it."},
         {
@@ -230,7 +237,7 @@ def test_all_items_reach_the_model():
 def test_degrees_of_reasoning(effort, thinks):
     request = ResponsesRequest(input="Hi", reasoning={"effort": effort})
     args = {} if thinks is None else {"enable_thinking": thinks}
-    assert request.conversation(supports_reasoning=True).template_args == args
+    assert variables(request.conversation()) == args
 
 
 def test_details_of_the_usage(responses):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,8 +81,7 @@ def test_options_that_mean_something_else_here(options, decoding):
 
 def messages_of(*messages):
     """The messages that the chat template gets to see."""
-    service = SimpleNamespace(tokenizer=SimpleNamespace(knows_thinking=True))
-    return ChatRequest(model=NAME, messages=[*HELLO, *messages]).conversation(service).messages
+    return ChatRequest(model=NAME, messages=[*HELLO, *messages]).conversation().messages
 
 
 def test_thoughts_and_results_without_a_name_reach_the_chat_template():

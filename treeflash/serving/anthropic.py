@@ -33,7 +33,6 @@ from treeflash.serving.schemas import (
     embedded_image,
     function_call,
     given_options,
-    reasoning_args,
 )
 from treeflash.serving.service import Conversation, Service
 from treeflash.serving.streaming import frame, respond
@@ -198,8 +197,10 @@ class Thinking(Schema):
     budget_tokens: int | None = Field(None, ge=1)
     display: Literal["summarized"] | None = None  # accepted, but the reasoning is always sent
 
-    def thinks(self, *, supports_reasoning: bool) -> bool:
-        return supports_reasoning if self.type == "adaptive" else self.type == "enabled"
+    @property
+    def reasoning(self) -> tuple[bool | Literal["adaptive"], str]:
+        """The field in the form of a `Conversation`."""
+        return "adaptive" if self.type == "adaptive" else self.type == "enabled", "thinking"
 
 
 class JSONOutputFormat(Schema):
@@ -246,8 +247,8 @@ class CountTokensRequest(Schema):
     context_management: ContextManagement | None = None
     cache_control: CacheControl | None = None
 
-    def conversation(self, *, supports_reasoning: bool) -> Conversation:
-        """Build the conversation; an APIError if fields do not fit each other or the model."""
+    def conversation(self) -> Conversation:
+        """Build the conversation; an APIError if fields do not fit each other."""
         messages = [template for message in self.messages for template in message.templates()]
         if self.system:
             messages.insert(0, {"role": "system", "content": _join(self.system)})
@@ -261,13 +262,7 @@ class CountTokensRequest(Schema):
         grammar = None if output is None else Grammar.json(output.json_schema)
         return Conversation(
             messages=messages,
-            template_args=reasoning_args(
-                None
-                if thinking is None
-                else thinking.thinks(supports_reasoning=supports_reasoning),
-                supports_reasoning=supports_reasoning,
-                param="thinking",
-            ),
+            reasoning=None if thinking is None else thinking.reasoning,
             tools=tools,
             continues=self._continues(),
             grammar=None if grammar is None else (grammar, "output_config.format"),
@@ -317,21 +312,18 @@ def _join(text: str | Items[TextBlock]) -> str:
 
 def add_routes(app: FastAPI, pool: ModelPool) -> None:
 
-    def conversation(request: CountTokensRequest, service: Service) -> Conversation:
-        return request.conversation(supports_reasoning=service.tokenizer.knows_thinking)
-
     @app.post("/v1/messages")
     async def messages(request: MessagesRequest, http: HTTPRequest) -> Response:
         async with pool.use(request.model, http) as service:
-            asked = conversation(request, service)
-            completion, (parser,) = await asked.start(service, http, request.options())
+            conversation = request.conversation()
+            completion, (parser,) = await conversation.start(service, http, request.options())
             answer = MessagesFormatter(service, completion, parser)
             return await respond(service, http, completion, answer, request.stream)
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(request: CountTokensRequest, http: HTTPRequest) -> dict[str, int]:
         async with pool.use(request.model, http) as service:
-            encoded = await conversation(request, service).encode(service)
+            encoded = await request.conversation().encode(service)
             return {"input_tokens": len(encoded.token_ids)}
 
 

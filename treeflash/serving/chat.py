@@ -28,7 +28,6 @@ from treeflash.serving.schemas import (
     Verbosity,
     allowed_tools,
     function_call,
-    reasoning_args,
     thinks,
 )
 from treeflash.serving.service import Conversation, Service
@@ -64,17 +63,13 @@ class ChatRequest(DecodingSchema):
     stream_reasoning: Literal[True] | None = None
     include_reasoning: Literal[True] | None = None
 
-    def conversation(self, *, supports_reasoning: bool) -> Conversation:
+    def conversation(self) -> Conversation:
         """Build the conversation; an APIError if a message or a tool is invalid."""
-        choice = self.tool_choice
-        reasoning = reasoning_args(
-            thinks(self.reasoning_effort),
-            supports_reasoning=supports_reasoning,
-            param="reasoning_effort",
-        )
+        choice, effort = self.tool_choice, self.reasoning_effort
         return Conversation(
             messages=[message.template() for message in self.messages],
-            template_args=reasoning | (self.chat_template_kwargs or {}),
+            template_args=self.chat_template_kwargs or {},
+            reasoning=None if effort is None else (thinks(effort), "reasoning_effort"),
             tools=allowed_tools(
                 [tool.function for tool in self.tools or ()],
                 choice.function if isinstance(choice, NamedToolChoice) else choice,
@@ -125,8 +120,7 @@ def add_routes(app: FastAPI, pool: ModelPool) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest, http: HTTPRequest) -> Response:
         async with pool.use(request.model, http) as service:
-            conversation = request.conversation(supports_reasoning=service.tokenizer.knows_thinking)
-            completion, parsers = await conversation.start(
+            completion, parsers = await request.conversation().start(
                 service, http, request.options(), answers=request.n or 1
             )
             answer = ChatFormatter(service, request, completion, parsers)

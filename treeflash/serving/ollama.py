@@ -45,7 +45,6 @@ from treeflash.serving.schemas import (
     function_call,
     given_options,
     limits,
-    reasoning_args,
 )
 from treeflash.serving.service import Conversation, Service
 from treeflash.serving.streaming import json_line, respond
@@ -152,13 +151,10 @@ class OllamaRequest(OllamaSchema):
             raise bad_request(message, "keep_alive")
         return math.inf if seconds < 0 else seconds
 
-    def thinking(self, service: Service) -> dict[str, bool]:
-        """Return the template's variables; an APIError if the model cannot think and should."""
-        return reasoning_args(
-            None if self.think is None else bool(self.think),
-            supports_reasoning=service.tokenizer.knows_thinking,
-            param="think",
-        )
+    @property
+    def reasoning(self) -> tuple[bool, str] | None:
+        """The field `think` in the form of a `Conversation`."""
+        return None if self.think is None else (bool(self.think), "think")
 
 
 class OllamaFunction(Schema):
@@ -190,7 +186,7 @@ class ChatRequest(OllamaRequest):
     messages: Items[OllamaMessage] = Field(default_factory=list)
     tools: Items[Tool] | None = Field(None, max_length=MAX_TOOLS)
 
-    def conversation(self, service: Service) -> Conversation:
+    def conversation(self) -> Conversation:
         """Build the conversation; an APIError if its last message leaves nothing to answer."""
         last = self.messages[-1]
         if last.role == "assistant" and last.tool_calls:
@@ -201,7 +197,7 @@ class ChatRequest(OllamaRequest):
             )
         return Conversation(
             messages=_templates(self.messages),
-            template_args=self.thinking(service),
+            reasoning=self.reasoning,
             tools=allowed_tools([tool.function for tool in self.tools or ()], None),
             continues=last.role == "assistant",
             grammar=self.grammar(),
@@ -217,20 +213,18 @@ class GenerateRequest(OllamaRequest):
     images: LongList[str] | None = None  # in base64
     suffix: str = ""  # the answer is what fits between the prompt and this text
 
-    def conversation(self, service: Service) -> Conversation:
+    def conversation(self) -> Conversation:
         """Build a conversation of a system message, if there is one, and the prompt."""
         messages = [{"role": "user", "content": _content(self.prompt, self.images)}]
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
-        return Conversation(
-            messages=messages, template_args=self.thinking(service), grammar=self.grammar()
-        )
+        return Conversation(messages=messages, reasoning=self.reasoning, grammar=self.grammar())
 
     async def start(self, service: Service, http: HTTPRequest) -> tuple[Completion, MessageParser]:
         """Start to generate the answer, and return the parser of its parts."""
         if not self.raw and not self.suffix:
-            asked = self.conversation(service)
-            completion, (parser,) = await asked.start(service, http, self.asked())
+            conversation = self.conversation()
+            completion, (parser,) = await conversation.start(service, http, self.asked())
             return completion, parser
         if self.system or self.format or self.think or self.images:
             field = "suffix" if self.suffix else "raw"
@@ -335,7 +329,7 @@ def add_routes(app: FastAPI, pool: ModelPool) -> None:
         started = time.perf_counter()
         async with use(request, http) as service:
             load_seconds = time.perf_counter() - started
-            conversation = request.conversation(service)
+            conversation = request.conversation()
             completion, (parser,) = await conversation.start(service, http, request.asked())
             answer = OllamaFormatter(request.model, completion, parser, load_seconds, is_chat=True)
             return await respond(service, http, completion, answer, request.stream is not False)

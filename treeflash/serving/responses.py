@@ -43,7 +43,6 @@ from treeflash.serving.schemas import (
     function_call,
     given_options,
     parsed_arguments,
-    reasoning_args,
     thinks,
 )
 from treeflash.serving.service import Conversation, Service
@@ -209,9 +208,10 @@ class ResponsesRequest(Schema):
             options["max_tokens"] = self.max_output_tokens
         return options
 
-    def conversation(self, *, supports_reasoning: bool) -> Conversation:
-        """Build the conversation; an APIError if fields do not fit each other or the model."""
+    def conversation(self) -> Conversation:
+        """Build the conversation; an APIError if fields do not fit each other."""
         parallel = self.parallel_tool_calls
+        effort = None if self.reasoning is None else self.reasoning.effort
         tools = allowed_tools(self._functions(), self.tool_choice, parallel=parallel)
         response_format: Any = None if self.text is None else self.text.format
         if isinstance(response_format, ResponseSchemaFormat):
@@ -219,11 +219,7 @@ class ResponsesRequest(Schema):
         grammar = format_grammar(response_format)
         return Conversation(
             messages=self._messages(),
-            template_args=reasoning_args(
-                None if self.reasoning is None else thinks(self.reasoning.effort),
-                supports_reasoning=supports_reasoning,
-                param="reasoning.effort",
-            ),
+            reasoning=None if effort is None else (thinks(effort), "reasoning.effort"),
             tools=tools,
             grammar=None if grammar is None else (grammar, "text"),
         )
@@ -323,7 +319,7 @@ def add_routes(app: FastAPI, pool: ModelPool) -> None:
     async def responses(request: ResponsesRequest, http: HTTPRequest) -> Response:
         async with pool.use(request.model, http) as service:
             request.check_echo()
-            conversation = request.conversation(supports_reasoning=service.tokenizer.knows_thinking)
+            conversation = request.conversation()
             completion, (parser,) = await conversation.start(service, http, request.options())
             answer = ResponsesFormatter(service, request, completion, parser)
             return await respond(service, http, completion, answer, request.stream)

@@ -352,20 +352,8 @@ Verbosity = Literal["low", "medium", "high"]
 """OpenAI's lengths of answers, which only its own models know."""
 
 
-def thinks(effort: ReasoningEffort | None) -> bool | None:
-    """Return whether reasoning is on; None if the request leaves that to the server."""
-    return None if effort is None else effort not in ("none", "minimal")
-
-
-def reasoning_args(thinks: bool | None, *, supports_reasoning: bool, param: str) -> dict[str, bool]:
-    """Return the variables of the chat template that turn reasoning on or off.
-
-    `thinks` is None if the request leaves that to the server; `param` is the field that decides.
-    An APIError is raised if the request turns reasoning on and the model does not support it.
-    """
-    if thinks and not supports_reasoning:
-        raise bad_request(f"this model does not support reasoning; remove `{param}`", param)
-    return {} if thinks is None or not supports_reasoning else {"enable_thinking": thinks}
+def thinks(effort: ReasoningEffort) -> bool:
+    return effort not in ("none", "minimal")
 
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Request as HTTPRequest
 
@@ -71,10 +71,6 @@ class Service:
             raise bad_request(str(error), param, "invalid_grammar") from error
         except OSError as error:
             raise APIError(503, f"the server cannot compile grammars now: {error}") from error
-
-    def template_args(self, args: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the variables of the chat template: the server's defaults, then the request's."""
-        return {**(self.defaults.get("template_args") or {}), **args}
 
     def check_defaults(self) -> None:
         """Raise a PromptError if the chat template rejects the server's default variables."""
@@ -153,7 +149,11 @@ class Conversation:
 
     # the messages so far, in the form that chat templates read
     messages: Sequence[Mapping[str, Any]]
-    template_args: Mapping[str, Any] = field(default_factory=dict)  # variables of the chat template
+    # variables of the chat template, beside the server's
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    # whether the model reasons first, and the field of the request that says so; None leaves it to
+    # the server, and `adaptive` turns it on for models that support it
+    reasoning: tuple[bool | Literal["adaptive"], str] | None = None
     tools: AllowedTools = field(default_factory=AllowedTools)  # the calls that the message may have
     continues: bool = False  # whether the last of the messages is the beginning of this one
     # the grammar of the content, and the field of the request that asks for it
@@ -164,9 +164,9 @@ class Conversation:
         """Encode the prompt, with the server's system message if it has none.
 
         Raises a PromptError if the chat template rejects the messages or an image is not usable,
-        and an APIError if the model does not support tools.
+        and an APIError if the model does not support tools or reasoning.
         """
-        messages, variables = self.messages, service.template_args(self.template_args)
+        messages, variables = self.messages, self.variables(service)
         if self.tools.functions:
             if service.response_template is None or not service.tokenizer.knows_tools:
                 raise bad_request(
@@ -191,6 +191,20 @@ class Conversation:
         has_images = any(map(images_of, messages))
         async with service.image_places if has_images else nullcontext():
             return await asyncio.to_thread(encode)
+
+    def variables(self, service: Service) -> dict[str, Any]:
+        """Return the variables of the chat template: the server's defaults, then the request's.
+
+        Raises an APIError if the model should reason and does not support it.
+        """
+        variables = {**(service.defaults.get("template_args") or {})}
+        if self.reasoning is not None:
+            thinks, param = self.reasoning
+            if service.tokenizer.knows_thinking:
+                variables["enable_thinking"] = bool(thinks)
+            elif thinks is True:
+                raise bad_request(f"this model does not support reasoning; remove `{param}`", param)
+        return {**variables, **self.template_args}
 
     async def start(
         self, service: Service, http: HTTPRequest, asked: Options, *, answers: int = 1
@@ -264,5 +278,4 @@ class Conversation:
             assert service.response_template is not None
             opening = service.response_template.reasoning_opening
             return opening is not None and opening in service.tokenizer.chat_template
-        variables = service.template_args(self.template_args)
-        return bool(variables.get("enable_thinking", service.tokenizer.thinking))
+        return bool(self.variables(service).get("enable_thinking", service.tokenizer.thinking))
