@@ -13,8 +13,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
-from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from treeflash.decoding import PromptProgress
@@ -29,6 +29,8 @@ logger = logging.getLogger("treeflash.serving")
 
 T = TypeVar("T")
 DONE = format_sse_event(data_str="[DONE]")
+EVENTS, LINES = "text/event-stream", "application/x-ndjson"
+"""The media types of streams."""
 
 
 def frame(data: Mapping[str, Any], event: str | None = None) -> bytes:
@@ -63,9 +65,11 @@ async def respond(
     """
     path = http.url.path
     if stream:
-        frames = with_errors(answer.frames(), Exception, api_error, path)
-        kind = LineStream if path.startswith(OLLAMA) else CompletionStream
-        return kind(service, completion, frames)
+        frames, kind = with_errors(answer.frames(), Exception, api_error, path), LINES
+        if not path.startswith(OLLAMA):  # clients of lines know no comments
+            seconds = service.engine.settings.keep_alive
+            frames, kind = _with_comments(frames, seconds), EVENTS
+        return CompletionStream(service, completion, frames, kind)
     with _running(completion, path):
         try:
             await until_disconnect(completion.wait(), http.receive)
@@ -96,51 +100,39 @@ def _running(completion: Completion, path: str) -> Iterator[None]:
         )
 
 
-class CompletionStream(EventSourceResponse):
+class CompletionStream(StreamingResponse):
     """Streams frames; a disconnect drops the answers."""
 
     def __init__(
-        self, service: Service, completion: Completion, frames: AsyncIterator[bytes]
+        self, service: Service, completion: Completion, frames: AsyncIterator[bytes], kind: str
     ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        seconds = service.engine.settings.keep_alive
-        super().__init__(self.keep_alive(frames, seconds), headers=headers)
+        super().__init__(frames, headers=headers, media_type=kind)
         self._completion = completion
         # The model must stay until the stream ends, and the endpoint returns before it begins.
         self._held = ExitStack()
         self._held.enter_context(service.hold())
-
-    @staticmethod
-    async def keep_alive(frames: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
-        """Yield the frames, and a comment whenever there is no frame for `seconds`."""
-        upcoming: asyncio.Future[bytes | None] = asyncio.ensure_future(anext(frames, None))
-        try:
-            while True:
-                await asyncio.wait({upcoming}, timeout=seconds)
-                if not upcoming.done():
-                    yield KEEPALIVE_COMMENT
-                    continue
-                if (item := upcoming.result()) is None:
-                    return
-                yield item
-                upcoming = asyncio.ensure_future(anext(frames, None))
-        finally:
-            upcoming.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._held, _running(self._completion, scope["path"]):
             await super().__call__(scope, receive, send)
 
 
-class LineStream(CompletionStream):
-    """Streams lines of JSON, whose clients know no comments."""
-
-    media_type = "application/x-ndjson"
-
-    @staticmethod
-    def keep_alive(frames: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
-        """Return the frames alone."""
-        return frames
+async def _with_comments(frames: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
+    """Yield the frames, and a comment whenever there is no frame for `seconds`."""
+    upcoming: asyncio.Future[bytes | None] = asyncio.ensure_future(anext(frames, None))
+    try:
+        while True:
+            await asyncio.wait({upcoming}, timeout=seconds)
+            if not upcoming.done():
+                yield KEEPALIVE_COMMENT
+                continue
+            if (item := upcoming.result()) is None:
+                return
+            yield item
+            upcoming = asyncio.ensure_future(anext(frames, None))
+    finally:
+        upcoming.cancel()
 
 
 async def with_errors(
