@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -203,7 +204,7 @@ def test_the_process_ends_with_its_compiler(model):
 def test_no_process_can_be_started(model, monkeypatch):
     stand_in(monkeypatch, sys, executable="/nowhere/python")
     fresh = replace(model)  # which has no process yet
-    service = Service(SimpleNamespace(model=fresh), {}, ("model",))
+    service = Service(SimpleNamespace(model=fresh), {}, "model", nullcontext)
     with pytest.raises(APIError, match="cannot compile grammars now") as caught:
         asyncio.run(service.compile(ACCEPTED["tree"], "response_format"))
     assert caught.value.status == 503

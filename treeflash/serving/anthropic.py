@@ -338,7 +338,7 @@ class MessagesFormatter:
             "id": f"msg_{secrets.token_hex(12)}",
             "type": "message",
             "role": "assistant",
-            "model": service.names[0],
+            "model": service.name,
         }
 
     def body(self) -> dict[str, Any]:

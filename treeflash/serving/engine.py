@@ -331,7 +331,6 @@ class Engine:
     def _reserve(self, completion: Completion) -> None:
         """Take places in the queue; raises an APIError if there are not enough."""
         limit, new = self._places, len(completion.answers)
-        self.check_count(new)
         with self._lock:
             total = sum(self._backlog.values())
             if total + new > limit:

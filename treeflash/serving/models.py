@@ -385,8 +385,7 @@ class ModelPool:
     def _settle(self, stay: Stay, engine: Engine, seconds: float) -> None:
         """Offer a model that has been loaded; raises what `Service.check_defaults` does."""
         model, spec = stay.model, stay.model.spec
-        hold = partial(self._hold, stay)
-        service = Service(engine, spec.defaults, spec.names, model.created, hold=hold)
+        service = Service(engine, spec.defaults, model.name, partial(self._hold, stay))
         try:
             service.check_defaults()
         except PromptError:

@@ -346,7 +346,7 @@ class ResponsesFormatter:
             "id": f"resp_{secrets.token_hex(12)}",
             "object": "response",
             "created_at": int(time.time()),
-            "model": service.names[0],
+            "model": service.name,
             "error": None,
             "incomplete_details": None,
             "parallel_tool_calls": request.parallel_tool_calls is not False,

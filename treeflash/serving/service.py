@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -30,18 +29,13 @@ from treeflash.text.tokenizer import Tokenizer, check_unicode
 
 @dataclass(frozen=True, eq=False)
 class Service:
-    """One loaded pair, and how it is offered.
-
-    `defaults` are decoding options of requests that leave them out. Responses have the first of the
-    model's names, and requests may have any.
-    """
+    """One loaded pair, and how it is offered."""
 
     engine: Engine
-    defaults: Options
-    names: tuple[str, ...]
-    created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
-    # A server of several models keeps the pair in memory during the `with` block of its result.
-    hold: Callable[[], AbstractContextManager[None]] = nullcontext
+    defaults: Options  # decoding options of requests that leave them out
+    name: str  # the model's name in responses
+    # The pair stays in memory during the `with` block of its result.
+    hold: Callable[[], AbstractContextManager[None]]
     # Requests decode and process their images in these places, each in a thread, while answers go
     # on.
     image_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))

@@ -190,7 +190,7 @@ class ChoicesFormatter(ABC):
         self._head = {
             "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": service.names[0],
+            "model": service.name,
         }
 
     @abstractmethod

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -206,7 +207,7 @@ def test_serve(scripted):
         submit=lambda answers, **_: answers,
     )
     http: Any = SimpleNamespace(state=SimpleNamespace(cache_salt=None))
-    offered = service.Service(engine, {}, ("model",))
+    offered = service.Service(engine, {}, "model", nullcontext)
     configs = [offered.start(http, {}, [EncodedPrompt([1])])[0].config for _ in range(2)]
     assert configs[0].sampling.seed != configs[1].sampling.seed
     used = decoding(configs[0]) | {"seed": "random"} | vars(Settings())
