@@ -264,6 +264,7 @@ WRONG = [
     (ollama("generate", prompt="Hi", raw=True, system="Be kind."), "raw has no template"),
     (ollama("generate", prompt="Hi", suffix="."), "suffix needs a model whose tokenizer has"),
     (ollama("generate", keep_alive="soon"), "keep_alive must be seconds or a text such as"),
+    (ollama("generate", keep_alive=float("nan")), "keep_alive: Input should be a finite number"),
     # Lists longer than conversations have
     *(
         (request(**{field: value}), f"at most {MAX_ITEMS} items")

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from treeflash import __version__
 from treeflash.serving.engine import Completion
@@ -127,7 +127,7 @@ class OllamaRequest(OllamaSchema):
     format: Literal["", "json"] | dict[str, Any] | None = None
     options: OllamaOptions | None = None
     think: bool | Literal["low", "medium", "high", "max"] | None = None
-    keep_alive: float | str | None = None
+    keep_alive: FiniteFloat | str | None = None
 
     def asked(self) -> Options:
         return Options() if self.options is None else self.options.decoding()
