@@ -248,13 +248,14 @@ class ResponsesRequest(Schema):
             for function in tool.tools
         }
 
-    def check_echo(self) -> None:
-        """Raise an APIError if a response could not repeat the request as JSON."""
+    def echo(self) -> dict[str, Any]:
+        """Return what responses repeat of the request; an APIError if it is not JSON."""
+        echo = self.model_dump(by_alias=True, exclude=NOT_ECHOED)
         try:
-            echo = self.model_dump(exclude=NOT_ECHOED)
             json.dumps(echo, ensure_ascii=False, allow_nan=False).encode()
         except ValueError as error:
             raise bad_request(f"the body is not valid JSON: {error}", None) from error
+        return echo
 
     def _messages(self) -> list[dict[str, Any]]:
         """Return the messages that chat templates read: items of one turn become one message."""
@@ -318,10 +319,9 @@ def add_routes(app: FastAPI, pool: ModelPool) -> None:
     @app.post("/v1/responses")
     async def responses(request: ResponsesRequest, http: HTTPRequest) -> Response:
         async with pool.use(request.model, http) as service:
-            request.check_echo()
-            conversation = request.conversation()
+            conversation, echo = request.conversation(), request.echo()
             completion, (parser,) = await conversation.start(service, http, request.options())
-            answer = ResponsesFormatter(service, request, completion, parser)
+            answer = ResponsesFormatter(service, request, echo, completion, parser)
             return await respond(service, http, completion, answer, request.stream)
 
 
@@ -332,6 +332,7 @@ class ResponsesFormatter:
         self,
         service: Service,
         request: ResponsesRequest,
+        echo: dict[str, Any],
         completion: Completion,
         parser: MessageParser,
     ) -> None:
@@ -340,7 +341,6 @@ class ResponsesFormatter:
         self._namespaces = request.namespaces()
         self._ids: dict[int, str] = {}
         self._numbers = count()
-        echo = request.model_dump(by_alias=True, exclude=NOT_ECHOED)
         self._head: dict[str, Any] = {
             **echo,
             "id": f"resp_{secrets.token_hex(12)}",
