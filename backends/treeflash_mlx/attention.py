@@ -33,7 +33,6 @@ from treeflash_mlx.hybrid import (
     Solver,
     convolve_nodes,
     is_short_convolution,
-    rebind,
 )
 from treeflash_mlx.metal_kernels import runs_matrix_kernels
 from treeflash_mlx.metal_kernels.attention import (
@@ -47,6 +46,7 @@ from treeflash_mlx.metal_kernels.attention import (
     tree_attention,
     winning_columns,
 )
+from treeflash_mlx.overrides import rebind, route_calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,9 +266,9 @@ class TreeHooks:
         names: set[str] = set()
         for module in distinct(module for _, module in model.named_modules()):
             if is_rope(module):
-                _subclass(module, self._rotate)
+                route_calls(module, self._rotate)
             elif is_short_convolution(module):
-                _subclass(module, self._convolve)
+                route_calls(module, self._convolve)
             else:
                 rebind(module, {"scaled_dot_product_attention": attend}, lambda: self.tree)
                 names |= rebind(module, FUNCTIONS, lambda: self.paths)
@@ -277,13 +277,13 @@ class TreeHooks:
     def capture(self, layers: Sequence[nn.Module], layer_ids: Collection[int]) -> None:
         """Make `forward_pass` yield the outputs of these layers; -1 stands for the embeddings."""
         for i in set(layer_ids) - self._captured:
-            _subclass(layers[max(i, 0)], partial(self._capture, i))
+            route_calls(layers[max(i, 0)], partial(self._capture, i))
             self._captured.add(i)
 
     def add_features(self, layers: Sequence[nn.Module]) -> None:
         """Make layers add the features of images to their outputs, before `capture` sees them."""
         for number, layer in enumerate(layers):
-            _subclass(layer, partial(self._add, number))
+            route_calls(layer, partial(self._add, number))
 
     def submit_early(self, layers: Sequence[nn.Module]) -> None:
         """Let the device start on a pass after these layers, while Python builds the next ones."""
@@ -294,7 +294,7 @@ class TreeHooks:
             return output
 
         for layer in layers:
-            _subclass(layer, call)
+            route_calls(layer, call)
 
     def _rotate(
         self, base: Callable[..., mx.array], rope: nn.Module, x: mx.array, *args: Any, **kwargs: Any
@@ -428,13 +428,3 @@ def is_rope(module: nn.Module) -> bool:
     are not enough: phixtral's `RoPEAttention` is a whole attention layer.
     """
     return list(inspect.signature(type(module).__call__).parameters)[1:3] == ["x", "offset"]
-
-
-def _subclass(module: nn.Module, call: Callable[..., Any]) -> None:
-    """Route the calls of one module, and of no other, through `call(base_call, module, ...)`.
-
-    The module gets its own class, and keeps its parameters and its place in the tree of modules.
-    """
-    cls, base = type(module), type(module).__call__
-    methods = {"__call__": lambda self, *a, **k: call(base, self, *a, **k)}
-    module.__class__ = type(cls.__name__, (cls,), methods)

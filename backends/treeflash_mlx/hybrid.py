@@ -6,13 +6,12 @@ The formulas are in `treeflash.decoding.hybrid`. Here matrix states have the sha
 This file follows a forward pass. `NodePaths` holds the ancestors of all nodes. `run_tree` computes
 the outputs of one layer, with a `Solver` for the delta rule, and returns the `Writes` that a commit
 needs in place of a new state. Functions with the names and arguments of mlx-lm's own functions call
-it, and `rebind` makes a model call them. `BatchStates` holds the committed states,
+it, and `overrides.rebind` makes a model call them. `BatchStates` holds the committed states,
 `RecurrentTreeCache` connects them with one layer during a pass.
 """
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -472,52 +471,6 @@ FUNCTIONS: Mapping[str, Callable[..., tuple[mx.array, Writes | Steps]]] = {
     f.__name__: f for f in (gated_delta_update, ssm_update, recurrent_gla)
 }
 """Functions over trees by the names of the functions of mlx-lm that they stand for."""
-
-
-def rebind(
-    module: nn.Module, functions: Mapping[str, Callable[..., Any]], current: Callable[[], Any]
-) -> set[str]:
-    """Let the methods of one module, and of no other, call other functions in a pass over trees.
-
-    A method looks up the functions it calls among the globals of its Python module. The module gets
-    a class whose methods have the same code, with other functions among their globals: mlx-lm has
-    no registry of recurrences, and calls of our own would copy the mixers of a dozen model types.
-    The functions, by the names that they stand for, get what `current` returns before the other
-    arguments, and may return NotImplemented. `current` returns what the pass that is being built
-    has for them; None if it is not over trees. The names of the functions that the module calls are
-    returned.
-    """
-    cls = type(module)
-    methods: dict[str, Any] = {}
-    names: set[str] = set()
-    for base in reversed(cls.__mro__):
-        for name, method in vars(base).items():
-            if not isinstance(method, types.FunctionType):
-                continue
-            scope = method.__globals__
-            if not (called := functions.keys() & scope.keys() & set(method.__code__.co_names)):
-                continue
-            replaced = {key: _dispatch(scope[key], functions[key], current) for key in called}
-            code, defaults, closure = method.__code__, method.__defaults__, method.__closure__
-            copy = types.FunctionType(code, {**scope, **replaced}, name, defaults, closure)
-            copy.__kwdefaults__ = method.__kwdefaults__
-            methods[name] = copy
-            names |= called
-    if methods:
-        module.__class__ = type(cls.__name__, (cls,), methods)
-    return names
-
-
-def _dispatch(
-    original: Callable[..., Any], over_trees: Callable[..., Any], current: Callable[[], Any]
-) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if (trees := current()) is None:
-            return original(*args, **kwargs)
-        result = over_trees(trees, *args, **kwargs)
-        return original(*args, **kwargs) if result is NotImplemented else result
-
-    return call
 
 
 def is_short_convolution(module: nn.Module) -> bool:

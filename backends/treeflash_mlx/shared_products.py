@@ -25,6 +25,7 @@ from treeflash_mlx.metal_kernels.products import (
     by_shape,
     race,
 )
+from treeflash_mlx.overrides import override
 
 LEAST_ROWS = 512
 """Rows of a product of which the CPU takes some: with fewer, dequantising takes too long."""
@@ -88,9 +89,8 @@ def fastest(layers: Sequence[Module], shape: Shape) -> float | None:
 
 
 def _use_share(module: Module, share: float) -> None:
-    """Give one module, and no other, a class whose products of many rows are shared."""
-    cls = type(module)
-    plain: Callable[..., Any] = cls.__call__
+    """Let a module share its products of many rows."""
+    plain: Callable[..., Any] = type(module).__call__
 
     def call(self: Any, x: mx.array) -> Any:
         if x.size // x.shape[-1] < LEAST_ROWS:
@@ -98,4 +98,4 @@ def _use_share(module: Module, share: float) -> None:
         out = multiply_shared(self, x, share)
         return out + self["bias"] if "bias" in self else out
 
-    module.__class__ = type(cls.__name__, (cls,), {"__call__": call})
+    override(module, {"__call__": call})

@@ -27,6 +27,7 @@ from treeflash_mlx.metal_kernels import (
     relative_error,
     runs_matrix_kernels,
 )
+from treeflash_mlx.overrides import override
 
 TIMED_ROWS: Mapping[int, tuple[int, ...]] = {
     4: (5, 7, 9, 12, 17),
@@ -454,16 +455,16 @@ def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
 def _use_kernel(
     module: Module, geometry_of: Callable[[int], Geometry | None], dtype: mx.Dtype
 ) -> None:
-    """Give one module, and no other, a class whose products of some rows use the kernel.
+    """Let a module use the kernel in its products of some rows.
 
     Args:
-        module: gets the class.
+        module: multiplies.
         geometry_of: the number of rows; None for MLX's operation.
         dtype: of the inputs.
     """
-    cls, name = type(module), method_of(module)
+    name = method_of(module)
     assert name is not None
-    plain = getattr(cls, name)
+    plain = getattr(type(module), name)
     prepared: dict[tuple[int, ...], Product | None] = {}
 
     def call(self: Any, x: mx.array) -> mx.array:
@@ -478,4 +479,4 @@ def _use_kernel(
         out = product(x)
         return out + self["bias"] if "bias" in self else out
 
-    module.__class__ = type(cls.__name__, (cls,), {name: call})
+    override(module, {name: call})
