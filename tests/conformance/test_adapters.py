@@ -94,6 +94,7 @@ def test_merged_models_compute_with_w_plus_scale_b_a(
         ({"use_rslora": True}, [6 / 3**0.5] * 3),
         ({"alpha_pattern": {"q_proj": 12}}, [4.0, 2.0, 2.0]),
         ({"alpha_pattern": {r"layers\.1\..*": 3}}, [2.0, 1.0, 2.0]),
+        ({"alpha_pattern": {r"^model\.layers\.1\..*": 3}}, [2.0, 1.0, 2.0]),
     ],
 )
 def test_scales_of_peft(tmp_path, target, changes, expected):

@@ -143,13 +143,14 @@ def _read_peft(path: Path, config: Mapping[str, Any]) -> list[LowRankUpdate]:
         )
     pairs = _pairs(path, r"(?P<name>.+)\.lora_(?P<part>[AB])\.weight", "A")
     updates = []
-    for name, (down, up) in pairs.items():
+    for stored, (down, up) in pairs.items():
+        name = stored.removeprefix(PEFT_PREFIX)  # patterns may begin with the name of the module
         alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
         if not isinstance(alpha, int | float):
             raise CheckpointError(f"{path.parent / CONFIG} has no lora_alpha")
         rank = len(down)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        updates.append(LowRankUpdate(name.removeprefix(PEFT_PREFIX), down, up, scale))
+        updates.append(LowRankUpdate(name, down, up, scale))
     return updates
 
 
