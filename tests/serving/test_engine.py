@@ -391,7 +391,10 @@ def test_counts_of_a_stream_are_those_of_what_it_has_read():
     def chunk(number):
         tree = None if number == 0 else Tree(1 + number % 4)
         path = None if tree is None else range(1 + number % 2 * (len(tree) > 1))
-        step = SimpleNamespace(tree=tree, path=path, cached_tokens=5, disk_tokens=2)
+        tokens = (1, 2)
+        if number == 99:  # the first draft ends the text, and two more would have been right
+            tokens, path = (1,), range(4)
+        step = Step(tokens, tree=tree, path=path, cached_tokens=5, disk_tokens=2)
         return SimpleNamespace(token_ids=(1, 2), step=step, finish_reason=None)
 
     async def count(prompts, answers):

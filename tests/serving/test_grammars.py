@@ -198,7 +198,7 @@ def test_schedules_of_grammars_equal_plain_decoding(request, alphabet, seed, sch
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_grammar_forces_is_drafted(compiler, model, method):
-    """After its first token the text has no choice but its digits and its end."""
+    """After its first token the text has no choice but its digits and its end, the last draft."""
     make = compiler.compile(
         Grammar.regex(r"(forced|text) goes on for long: \d\d, and then it ends")
     )
@@ -215,6 +215,8 @@ def test_what_a_grammar_forces_is_drafted(compiler, model, method):
     assert re.fullmatch(r"(forced|text) goes .*ends", model.tokenizer.decode(tokens))
     assert len(tokens) > 40
     assert len(steps) == len(tokens) if method == "ar" else len(steps) < 10
+    parents = [step.tree.tokens[step.tree.parents[1:]] for step in steps if step.tree is not None]
+    assert config.stop_token_ids.isdisjoint(np.concatenate(parents).tolist())
 
 
 def test_a_complete_text_ends_whatever_tokens_end_others(compiler, model):

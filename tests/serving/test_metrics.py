@@ -128,7 +128,8 @@ def test_tokens_and_seconds():
     metrics = Metrics()
     metrics.count_prefill(chunk(1, cached_tokens=4, seconds={"prefill": 0.5}), 10, 2.0)
     tree = DraftTree.chain(np.arange(6, dtype=np.int32))
-    metrics.count_iteration(chunk(3, tree=tree, path=np.arange(3)), 0.6)
+    # The path went on after the end of the text.
+    metrics.count_iteration(chunk(3, tree=tree, path=np.arange(6)), 0.6)
     metrics.count_iteration(chunk(1, tree=tree.subset(np.arange(1)), path=np.arange(1)), 0.2)
     metrics.count_finish("stop", 5.0)
     metrics.count_failures(3)
@@ -143,7 +144,7 @@ def test_tokens_and_seconds():
         "inter_token_latency_seconds_sum": 0.8,
         "spec_decode_num_drafts_total": 1,
         "spec_decode_num_draft_tokens_total": 5,
-        "spec_decode_num_accepted_tokens_total": 2,
+        "spec_decode_num_accepted_tokens_total": 3,
         "request_success_totalstop": 1,
         "e2e_request_latency_seconds_sum": 5.0,
         "request_failure_total": 3,

@@ -80,6 +80,11 @@ class Step:
     cached_tokens: int = 0
     disk_tokens: int = 0
 
+    @property
+    def accepted_tokens(self) -> int:
+        """The number of drafts that the text got; drafts after its end may have been right too."""
+        return 0 if self.path is None else min(len(self.path) - 1, len(self.tokens))
+
 
 Event: TypeAlias = tuple[Request, Step | Exception]
 """A step of a sequence, or the error that ended it."""
@@ -260,6 +265,7 @@ def decode_loop(
                     constraint,
                     seen_choices,
                     deepest=deepest,
+                    stops=stops,
                     chain=config.drafts_chain,
                 )
         if constraint is not None and allowed is None:

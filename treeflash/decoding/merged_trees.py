@@ -28,7 +28,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from zlib import crc32
 
@@ -138,6 +138,7 @@ def merge_allowed(
     seen: Callable[[Allowed], Counter[int]],
     *,
     deepest: int,
+    stops: Set[int] = frozenset(),
     chain: bool = False,
 ) -> tuple[DraftTree, NDArray[np.uint32]]:
     """Join a table and a proposal with what a constraint allows; one of the two may be missing.
@@ -150,6 +151,7 @@ def merge_allowed(
         constraint: its state is the same afterwards.
         seen: gives what the target chose before in the state of a mask.
         deepest: the depth of the deepest nodes.
+        stops: tokens that end the text, so that nothing is drafted after them.
         chain: whether each node has only its best child.
 
     Returns:
@@ -180,9 +182,9 @@ def merge_allowed(
     def children(node: int) -> Iterator[Child]:
         walk(node)
         masks.append(constraint.allowed())
-        if tree.depths[node] >= deepest:
-            return iter(())
         known, allowed = tree.nodes[node], Allowed(masks[-1])
+        if tree.depths[node] >= deepest or known.token in stops:
+            return iter(())
         found: list[Child] = []
         if table is not None:
             found = allowed.restrict(list(_table_children(table, tree.depths[node], known.row)))

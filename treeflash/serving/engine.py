@@ -142,9 +142,9 @@ class Completion:
         if update.iteration == 0 and update.index % self.answers_per_prompt == 0:
             counts.cached_tokens += step.cached_tokens
             counts.disk_tokens += step.disk_tokens
-        if step.tree is None or step.path is None:
+        if step.tree is None:
             return
-        drafted, accepted = len(step.tree) - 1, len(step.path) - 1
+        drafted, accepted = len(step.tree) - 1, step.accepted_tokens
         counts.iterations += 1
         counts.drafted_tokens += drafted
         counts.accepted_tokens += accepted

@@ -143,11 +143,11 @@ class Metrics:
         for _ in chunk.token_ids:
             self._between.observe(seconds / len(chunk.token_ids))
         self._tokens.inc(len(chunk.token_ids))
-        tree, path = chunk.step.tree, chunk.step.path
-        if tree is not None and path is not None and len(tree) > 1:
+        tree = chunk.step.tree
+        if tree is not None and len(tree) > 1:
             self._drafts.inc()
             self._drafted.inc(len(tree) - 1)
-            self._accepted.inc(len(path) - 1)
+            self._accepted.inc(chunk.step.accepted_tokens)
 
     def count_finish(self, reason: str, seconds: float) -> None:
         """Count a finished sequence, `seconds` after its submission."""

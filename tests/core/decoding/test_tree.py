@@ -288,13 +288,13 @@ def spell(text):
     return following
 
 
-def draft(following, table=None, proposal=None, *, nodes=16, deepest=99, seen=None, chain=False):
+def draft(following, table=None, proposal=None, *, nodes=16, deepest=99, seen=None, **options):
     constraint = Rules(following, [9])
     known = Choices() if seen is None else seen
     tree, masks = merge_allowed(
         *(table, proposal, 9, nodes, constraint, lambda allowed: known.seen("", allowed)),
         deepest=deepest,
-        chain=chain,
+        **options,
     )
     assert constraint.tokens == [9]
     return tree, masks
@@ -379,6 +379,9 @@ def test_forced_tokens_are_drafted_without_a_drafter():
     assert (tree.log_probs == 0).all()
     assert draft(spell(TEXT), deepest=3)[0].tokens.tolist() == [9, *TEXT[:3]]
     assert len(draft(anything)[0]) == 1
+    tree, masks = draft(spell(TEXT), stops={TEXT[3]})
+    assert tree.tokens.tolist() == [9, *TEXT[:4]]
+    assert len(masks) == len(tree)
 
 
 def test_forced_tokens_are_drafted_below_every_draft_and_copy():
