@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -107,6 +108,17 @@ def test_what_the_first_load_shows_is_told_before_the_checks(examined):
     shown = [line for line in lines if line in first]
     assert checks_of(shown) == ["depths", "exact mode", "images"]
     assert shown[:2] == lines[:2]  # the agreement by depth
+
+
+def test_a_terminal_shows_each_finding_once(evaluated, prompts, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    main([*evaluated, "--prompts", prompts, "--max-tokens", "12"])
+    out, err = capsys.readouterr()
+    found = re.findall(r"^(?:ok|problem) +(\w+(?: \w+)?)  ", err + out, re.MULTILINE)
+    assert {"depths", "block offset", "images"} < set(found)
+    assert len(set(found)) == len(found)
+    assert (err + out).count("agreement by depth") == 1
 
 
 def test_only_the_first_load_may_choose_the_device(examined):

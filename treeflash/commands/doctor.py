@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -95,6 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not console.is_terminal:
                 console.print(line)
 
+        told: list[str] = []
+
+        def begin(found: Diagnosis) -> None:
+            console.print("\n".join(lines := _report(found)), soft_wrap=True)
+            if console.is_terminal and sys.stdout.isatty():
+                told.extend(lines)  # a reader sees standard error above standard output
+
         target_config = read_config(pair.target)
         if pair.drafter is None:
             model = load(None)
@@ -113,13 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 target_config=target_config,
                 thorough=args.thorough,
                 report=report,
-                begin=lambda found: console.print(_report(found), soft_wrap=True),
+                begin=begin,
             )
     console.print(f"costs: {costs[0]}", soft_wrap=True)
     if args.json:
         print(json.dumps({**diagnosis.to_dict(), "costs": costs[0], "drafters": sources}))
     else:
-        print(f"{_report(diagnosis)}\ncan draft, best first: {', '.join(sources)}")
+        lines = [line for line in _report(diagnosis) if line not in told]
+        print(*lines, f"can draft, best first: {', '.join(sources)}", sep="\n")
     return 0 if diagnosis.ok else PROBLEM
 
 
@@ -174,7 +183,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def _report(diagnosis: Diagnosis) -> str:
+def _report(diagnosis: Diagnosis) -> list[str]:
     lines = []
     if diagnosis.marginal is not None:
         lines.append(f"agreement by depth: {_percentages(diagnosis.marginal)}")
@@ -182,7 +191,7 @@ def _report(diagnosis: Diagnosis) -> str:
         lines.append(f"with the AR head:   {_percentages(diagnosis.corrected)}")
     if diagnosis.evaluation is not None:
         lines.append(f"in its evaluation:  {_percentages(diagnosis.evaluation)}")
-    return "\n".join([*lines, *map(_line, diagnosis.findings)])
+    return [*lines, *map(_line, diagnosis.findings)]
 
 
 def _line(finding: Finding) -> str:
