@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import io
 import json
@@ -12,6 +13,7 @@ import tomllib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
 
@@ -75,8 +77,10 @@ def guarded(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
         except TreeflashError as error:
             return _fail(str(error))
         except OSError as error:
-            named = error.filename is not None
-            return _fail(f"{error.filename}: {error.strerror}" if named else str(error))
+            # Files that are written by their names are in the message; the output has none.
+            full = error.errno == errno.ENOSPC
+            name = error.filename or ("the output cannot be written" if full else None)
+            return _fail(str(error) if name is None else f"{name}: {error.strerror}")
         except (MemoryError, RuntimeError) as error:
             if is_device_lost(error):
                 return _fail(f"{DEVICE_LOST_ADVICE} ({error})", EXIT_DEVICE_LOST)
@@ -170,6 +174,21 @@ class Parser(argparse.ArgumentParser):
         if add_help:
             self.add_argument("--version", action=_ShowVersion)
 
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse a command line; a ConfigError says what its unknown arguments may have meant."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._advice(unknown)}")
+        return found
+
+    def _advice(self, unknown: Sequence[str]) -> str:
+        flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
+        if flags:
+            return did_you_mean(flags[0], self._option_string_actions)
+        return " (a text with spaces needs quotes)" if self._get_positional_actions() else ""
+
     def error(self, message: str) -> NoReturn:
         """Raise a ConfigError instead of printing the usage, so that the error is a single line."""
         raise ConfigError(f"{message}; see --help")
@@ -214,7 +233,11 @@ class Parser(argparse.ArgumentParser):
         for key, value in options.items():
             action = self._option_string_actions.get(flag := f"--{key.replace('_', '-')}")
             if action is None:
-                raise ConfigError(f"{path}: unknown option {key!r}; see --help for the options")
+                flags = (option.removeprefix("--") for option in self._option_string_actions)
+                meant = did_you_mean(key, [flag.replace("-", "_") for flag in flags])
+                raise ConfigError(
+                    f"{path}: unknown option {key!r}{meant}; see --help for the options"
+                )
             if flag.removeprefix("--").replace("-", "_") in refused:
                 raise ConfigError(f"{path} cannot set {key}; remove it from the file")
             checker = Parser(None, "", add_help=False)
@@ -229,6 +252,12 @@ class Parser(argparse.ArgumentParser):
                 raise ConfigError(f"{path}: {key} cannot be {shown}: {error}") from None
             arguments += option
         return arguments
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Ask for the most similar one of `names`, in parentheses; nothing if none is similar."""
+    similar = get_close_matches(name, list(names), n=1, cutoff=0.75)
+    return "".join(f" (did you mean {name}?)" for name in similar)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

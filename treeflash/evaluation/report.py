@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import os
@@ -31,8 +32,13 @@ def check_files(json_file: Path | None, report: Path | None, prompts: Iterable[P
     for path in (json_file, report):
         if path is None:
             continue
-        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ConfigError(f"{path} cannot be written")
+        obstacle = None if path.parent.is_dir() else errno.ENOENT
+        if path.is_dir():
+            obstacle = errno.EISDIR
+        elif not (obstacle or os.access(path if path.exists() else path.parent, os.W_OK)):
+            obstacle = errno.EACCES
+        if obstacle is not None:
+            raise ConfigError(f"{path} cannot be written: {os.strerror(obstacle)}")
         if path.resolve() in inputs:
             raise ConfigError(f"{path} is a file of prompts; choose another file")
     if report is not None:
