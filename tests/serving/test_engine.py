@@ -24,6 +24,7 @@ from stand_ins import stand_in
 
 from treeflash.config import GIB, DecodeConfig
 from treeflash.decoding.interfaces import DeviceReport
+from treeflash.decoding.loop import Step
 from treeflash.errors import CheckpointError, ConfigError, NumericalError
 from treeflash.serving import application
 from treeflash.serving.engine import AnswerUpdate, Completion, Engine

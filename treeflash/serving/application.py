@@ -151,7 +151,7 @@ def add_routes(app: FastAPI, pool: ModelPool) -> None:
 NOT_SERVED = {
     **dict.fromkeys(
         ("/v1/embeddings", "/api/embed", "/api/embeddings", "/v1/rerank", "/v1/score"),
-        "this server generates text; embeddings and scores need a server of such a model",
+        "this server generates text; embeddings and scores need a server with an embedding model",
     ),
     **dict.fromkeys(
         ("/infill", "/v1/fim/completions"),
@@ -275,7 +275,8 @@ class Server(uvicorn.Server):
             logger.warning("stopped before %d answers were finished", self.pool.unfinished)
             logging.shutdown()
             os._exit(EXIT_SIGNAL + sig)
-        logger.info("%s: finishing %d answers", signal.Signals(sig).name, self.pool.unfinished)
+        name, count = signal.Signals(sig).name, self.pool.unfinished
+        logger.info("%s: finishing %d answer%s", name, count, "s" * (count != 1))
         self.pool.drain()
 
     async def on_tick(self, counter: int) -> bool:
