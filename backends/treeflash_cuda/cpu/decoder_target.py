@@ -22,12 +22,7 @@ from treeflash_cuda.cpu.decoder_attention import CacheBlock, ExactAttention, Mas
 from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.model import Decoder
-from treeflash_cuda.decoder.operations import (
-    PYTORCH,
-    Attention,
-    DecoderOperations,
-    linear,
-)
+from treeflash_cuda.decoder.operations import PYTORCH, Attention, linear
 from treeflash_cuda.decoder.recurrences import SequenceRecurrences
 from treeflash_cuda.decoder.target import DecoderTarget, read_decoder
 from treeflash_cuda.decoder.weights import Checkpoint
@@ -85,10 +80,9 @@ class CpuTarget(DecoderTarget):
         facts: DecoderFacts,
         dtype: torch.dtype,
         settings: LoadConfig,
-        operations: DecoderOperations = PYTORCH,
     ) -> CpuTarget:
         """Read the weights of a checkpoint; raises the errors of `read_decoder`."""
-        kernels = None if settings.kv_bits else find_kernels(facts, dtype)
+        operations, kernels = PYTORCH, None if settings.kv_bits else find_kernels(facts, dtype)
         if kernels is not None:
             operations = replace(
                 operations, rms_norm=kernels.rms_norm, gated=kernels.gated, capped=kernels.capped

@@ -29,11 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treeflash_cuda.decoder.facts import DecoderFacts, Rope
+from treeflash_cuda.decoder.facts import Rope
 from treeflash_cuda.decoder.families import ATTENTION_GATE, DELTA_NET, NETWORK
 from treeflash_cuda.decoder.operations import (
     Attention,
-    DecoderOperations,
     Recurrences,
     Rotation,
     constant,
@@ -45,9 +44,10 @@ from treeflash_cuda.experts import routed
 class AttentionMixer(nn.Module):
     """Attention, whose output some families multiply with a gate."""
 
-    def __init__(self, facts: DecoderFacts, index: int, weights: DecoderWeights) -> None:
+    def __init__(self, weights: DecoderWeights, index: int) -> None:
         super().__init__()
-        self.facts, self.window = facts, facts.windows[index]
+        self.facts = facts = weights.facts
+        self.window = facts.windows[index]
         self.slot = facts.attention_layers.index(index)  # its number in the KV caches
         size, d = facts.hidden_size, facts.head_dim
         q, kv = facts.heads * d, facts.kv_heads * d
@@ -84,8 +84,9 @@ class AttentionMixer(nn.Module):
 class GatedDeltaNet(nn.Module):
     """A gated delta net with a short convolution, and a gated norm of what rows read."""
 
-    def __init__(self, facts: DecoderFacts, index: int, weights: DecoderWeights) -> None:
+    def __init__(self, weights: DecoderWeights, index: int) -> None:
         super().__init__()
+        facts = weights.facts
         assert facts.delta_nets is not None
         self.facts, self.nets, self.index = facts, facts.delta_nets, index
         nets, place = self.nets, f"{weights.place}.layers.{index}.linear_attn"
@@ -121,18 +122,16 @@ class Network(nn.Module):
 
     def __init__(
         self,
-        facts: DecoderFacts,
-        operations: DecoderOperations,
         weights: DecoderWeights,
         place: str,
         inner: int,  # numbers between the products
         names: tuple[str, str, str] = NETWORK,
     ) -> None:
         super().__init__()
-        self.operations, self.activation = operations, facts.activation
-        gate, up, down = names
-        self.gate_up = weights.linear(place, facts.hidden_size, **{gate: inner, up: inner})
-        self.down = weights.linear(place, inner, **{down: facts.hidden_size})
+        self.operations, self.activation = weights.operations, weights.facts.activation
+        size, (gate, up, down) = weights.facts.hidden_size, names
+        self.gate_up = weights.linear(place, size, **{gate: inner, up: inner})
+        self.down = weights.linear(place, inner, **{down: size})
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, hidden_size) rows to as many."""
@@ -143,24 +142,19 @@ class Network(nn.Module):
 class ExpertNetwork(nn.Module):
     """The weighted sum of the networks that the router chooses for a row."""
 
-    def __init__(
-        self,
-        facts: DecoderFacts,
-        operations: DecoderOperations,
-        weights: DecoderWeights,
-        layer: str,
-    ) -> None:
+    def __init__(self, weights: DecoderWeights, layer: str) -> None:
         super().__init__()
+        facts = weights.facts
         assert facts.experts is not None
         self.facts = own = facts.experts
         place = f"{layer}.{own.place}"
         self.router = weights.linear(place, facts.hidden_size, gate=own.count)
         places = [f"{place}.experts.{n}" for n in range(own.count)]
-        make = NetworkList if operations.grouped_linear is None else JoinedNetworks
-        self.experts: nn.Module = make(facts, operations, weights, places)
+        make = NetworkList if weights.operations.grouped_linear is None else JoinedNetworks
+        self.experts: nn.Module = make(weights, places)
         self.shared: Network | None = None
         if (inner := own.shared_size) is not None:
-            self.shared = Network(facts, operations, weights, f"{place}.shared_expert", inner)
+            self.shared = Network(weights, f"{place}.shared_expert", inner)
             self.shared_gate = weights.linear(place, facts.hidden_size, shared_expert_gate=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,18 +169,11 @@ class ExpertNetwork(nn.Module):
 class NetworkList(nn.ModuleList):
     """Experts that run one after the other, each with its rows."""
 
-    def __init__(
-        self,
-        facts: DecoderFacts,
-        operations: DecoderOperations,
-        weights: DecoderWeights,
-        places: Sequence[str],  # the places of the experts
-    ) -> None:
-        assert facts.experts is not None
-        own = facts.experts
-        super().__init__(
-            Network(facts, operations, weights, place, own.size, own.names) for place in places
-        )
+    def __init__(self, weights: DecoderWeights, places: Sequence[str]) -> None:
+        """Read the experts at these places."""
+        own = weights.facts.experts
+        assert own is not None
+        super().__init__(Network(weights, place, own.size, own.names) for place in places)
 
     def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """Return the weighted sums of (n, k) experts of the rows."""
@@ -202,16 +189,12 @@ class NetworkList(nn.ModuleList):
 class JoinedNetworks(nn.Module):
     """Experts that one product multiplies, which reads nothing on the host."""
 
-    def __init__(
-        self,
-        facts: DecoderFacts,
-        operations: DecoderOperations,
-        weights: DecoderWeights,
-        places: Sequence[str],  # the places of the experts
-    ) -> None:
+    def __init__(self, weights: DecoderWeights, places: Sequence[str]) -> None:
+        """Read the experts at these places."""
         super().__init__()
+        facts = weights.facts
         assert facts.experts is not None
-        self.operations, self.activation = operations, facts.activation
+        self.operations, self.activation = weights.operations, facts.activation
         size, inner = facts.hidden_size, facts.experts.size
         gate, up, down = facts.experts.names
         matrices = (
@@ -242,24 +225,18 @@ RunLayers: TypeAlias = Callable[
 class DecoderLayer(nn.Module):
     """One layer."""
 
-    def __init__(
-        self,
-        facts: DecoderFacts,
-        index: int,
-        operations: DecoderOperations,
-        weights: DecoderWeights,
-    ) -> None:
+    def __init__(self, weights: DecoderWeights, index: int) -> None:
         super().__init__()
-        self.facts, self.operations = facts, operations
+        self.facts, self.operations = weights.facts, weights.operations
+        facts = weights.facts
         kind = AttentionMixer if index in facts.attention_layers else GatedDeltaNet
-        self.mixer: AttentionMixer | GatedDeltaNet = kind(facts, index, weights)
+        self.mixer: AttentionMixer | GatedDeltaNet = kind(weights, index)
         place = f"{weights.place}.layers.{index}"
         self.network: nn.Module
         if facts.experts is not None and index in facts.experts.layers:
-            self.network = ExpertNetwork(facts, operations, weights, place)
+            self.network = ExpertNetwork(weights, place)
         else:
-            inner = facts.intermediate_size
-            self.network = Network(facts, operations, weights, f"{place}.mlp", inner)
+            self.network = Network(weights, f"{place}.mlp", facts.intermediate_size)
 
         def norm(name: str | None) -> nn.Parameter | None:
             if name is None:
@@ -313,16 +290,13 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """The layers between embeddings and the output head, and both of them."""
 
-    def __init__(
-        self, facts: DecoderFacts, operations: DecoderOperations, weights: DecoderWeights
-    ) -> None:
+    def __init__(self, weights: DecoderWeights) -> None:
         super().__init__()
-        self.facts, self.operations = facts, operations
+        self.facts, self.operations = weights.facts, weights.operations
+        facts = weights.facts
         table = facts.vocab_size, facts.hidden_size
         self.embeddings = weights.table(f"{weights.place}.embed_tokens", *table)
-        self.layers = nn.ModuleList(
-            DecoderLayer(facts, n, operations, weights) for n in range(facts.layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(weights, n) for n in range(facts.layers))
         self.norm = constant(weights.norm(f"{weights.place}.norm", facts.hidden_size))
         # transformers rounds this factor to the model's dtype, too.
         self.scale = torch.tensor(facts.factors.embeddings, dtype=weights.dtype)

@@ -45,7 +45,7 @@ def read_decoder(
         device=device,
         adapter=settings.adapter,
     )
-    decoder = Decoder(facts, operations, weights).eval()
+    decoder = Decoder(weights).eval()
     weights.refuse_other_updates()
     return decoder
 
