@@ -77,6 +77,7 @@ if HAS_AVX2_ALONE and "Intel" in torch.cpu.get_capabilities()["cpu_name"]:
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 LINEARS = nn.Linear, PackedLinear, PlainLinear
 LINEAR_ROWS = 2
+"""Least rows of a product: oneDNN has another kernel for a single one."""
 STREAMED_ROWS = 4
 """Rows of a lone token where weights are read from memory: oneDNN reads them faster for 3 or 4 rows
 than for 1 or 2. Weights in a cache are read as fast for 2 rows, and 2 rows are less work."""
@@ -111,16 +112,15 @@ def bound_products(
     model: nn.Module,
     dtype: torch.dtype,
     undo: ExitStack,
-    least: int,
     passed: PassedChecks,
     multiplications: int = CHECKED_MULTIPLICATIONS,
 ) -> int:
     """Let the linear layers of a loaded model give a row equal bits, whatever rows are beside it.
 
-    Until `undo` ends, products of fewer than `least` rows are padded, others to a multiple of
+    Until `undo` ends, products of fewer than `LINEAR_ROWS` rows are padded, others to a multiple of
     `row_multiple`, and products of more rows than get equal bits on this machine are split. Shapes
     that were checked before have their number of rows in `passed`. Passes of one token have more
-    rows anyway; the least is for the output head of a longer pass.
+    rows anyway: the output head of a longer pass is padded.
 
     Returns the most rows that no product splits. Raises an UnsupportedModelError if fewer than
     `LEAST_ROWS` rows have the same bits, or a module computes products in another way.
@@ -130,7 +130,7 @@ def bound_products(
         product = getattr(owner, name)
         # Few bits: rows are independent by construction, and are compared nevertheless.
         is_low = isinstance(owner, LowBitLinear)
-        sizes = (1, 1) if is_low else (least, row_multiple(dtype))
+        sizes = (1, 1) if is_low else (LINEAR_ROWS, row_multiple(dtype))
         bounded, kind = _BoundedProduct(product, *sizes), owner.name if is_low else str(dtype)
         if (shape, kind) not in most:
             affordable = multiplications // math.prod(shape)

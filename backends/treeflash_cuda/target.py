@@ -241,10 +241,11 @@ class Target(ABC):
         self._exact_changes.close()
         self.is_exact, self.exact_refusal = False, reason
 
-    def _widen_arena(self) -> None:
-        """Store keys and values in exact mode's format until `_exact_changes` ends."""
-        self._exact_changes.callback(setattr, self, "arena", self.arena)
-        self.arena = self.arena.widened()
+    def _change(self, **attributes: Any) -> None:
+        """Change attributes until `_exact_changes` ends."""
+        for name, value in attributes.items():
+            self._exact_changes.callback(setattr, self, name, getattr(self, name))
+            setattr(self, name, value)
 
     @abstractmethod
     def capture(self, layer_ids: Sequence[int]) -> None:

@@ -103,8 +103,7 @@ class Spoilt(nn.Linear):
 
 
 def bind(model, **limits):
-    checks = ExitStack(), exact.LINEAR_ROWS, PassedChecks()
-    exact.bound_products(model, torch.bfloat16, *checks, **limits)
+    exact.bound_products(model, torch.bfloat16, ExitStack(), PassedChecks(), **limits)
 
 
 def test_a_product_with_one_row_is_padded_or_refused():
@@ -207,7 +206,7 @@ def test_products_with_one_row_fail_the_check(tmp_path, monkeypatch):
     """Without the padding the check at load finds them."""
     spoil(monkeypatch, lambda rows: rows == 1)
     assert load_exact(write(tmp_path)).inexact is None
-    stand_in(monkeypatch, decoder_target, LINEAR_ROWS=1)
+    stand_in(monkeypatch, exact, LINEAR_ROWS=1)
     with pytest.raises(UnsupportedModelError, match=r"products of .* weights depend"):
         load_exact(tmp_path)
     stand_in(monkeypatch, exact, _equal_rows=lambda *_: 64)

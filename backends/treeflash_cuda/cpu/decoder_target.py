@@ -99,21 +99,15 @@ class CpuTarget(DecoderTarget):
         if self.kernels is None and facts.is_capped:
             raise UnsupportedModelError(f"{INEXACT}: it does not support soft-capped scores")
         with torch.inference_mode():
-            self._exact_changes.callback(setattr, self, "token_rows", self.token_rows)
-            self.token_rows = token_rows(self.model, self.dtype)
-            least = LINEAR_ROWS if self.token_rows == 1 else min(self.token_rows, LINEAR_ROWS)
-            self._exact_changes.callback(setattr, self, "unsplit_rows", self.unsplit_rows)
-            self.unsplit_rows = bound_products(
-                self.model, self.dtype, self._exact_changes, least, passed
-            )
+            self._change(token_rows=token_rows(self.model, self.dtype))
+            most = bound_products(self.model, self.dtype, self._exact_changes, passed)
+            self._change(unsplit_rows=most)
             if self.kernels is None:
                 gated = self.model.operations.gated
                 for size in facts.inner_sizes:
                     check_gates(lambda x: gated(x, facts.activation), size, self.dtype)
                 check_attention(facts.heads, facts.kv_heads, facts.head_dim)
-                self._widen_arena()
-                self._exact_changes.callback(setattr, self, "attention", self.attention)
-                self.attention = ExactAttention
+                self._change(arena=self.arena.widened(), attention=ExactAttention)
         self.is_exact = True
 
     def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:

@@ -49,7 +49,6 @@ from treeflash_cuda.attention import TokenBlock
 from treeflash_cuda.cache import Span, check_quantisation
 from treeflash_cuda.cpu.low_bit_loading import UNPACKED_BITS, is_packed, keeps_bits
 from treeflash_cuda.exact import (
-    LINEAR_ROWS,
     bound_products,
     check_activations,
     check_products,
@@ -482,15 +481,14 @@ class ModelTarget(ModelPasses):
                     )
                 if self.has_sinks:
                     raise UnsupportedModelError(f"{INEXACT}: it does not support attention sinks")
-                self.token_rows = token_rows(self.model, self.dtype)
-                least = LINEAR_ROWS if self.token_rows == 1 else min(self.token_rows, LINEAR_ROWS)
-                bound_products(self.model, self.dtype, self._exact_changes, least, passed)
+                self._change(token_rows=token_rows(self.model, self.dtype))
+                bound_products(self.model, self.dtype, self._exact_changes, passed)
                 pack_activations(self.model, self.dtype, self._exact_changes)
                 check_activations(self.model, self.dtype)
                 assert self.arena.like is not None
                 _, kv_heads, _, width = self.arena.like.shape
                 check_attention(self.config.num_attention_heads, kv_heads, width)
-                self._widen_arena()
+                self._change(arena=self.arena.widened())
         self.is_exact = True
 
     @contextmanager
