@@ -180,12 +180,8 @@ class Target(ABC):
         self.max_positions = max_positions(config)  # fewer if later ones change earlier ones
         self.split = False  # whether other processes have parts of its layers
         self.is_hybrid = False  # whether the model has recurrent layers
-        # A layer's index among all layers gives an attention layer's index among these; only hybrid
-        # models have entries.
-        self.attention_slots: dict[int, int] = {}
         self.states_nbytes = 0  # size of a sequence's recurrent states, bytes
         self.state_arena: StateArena | None = None  # arena of recurrent states; None without them
-        self.scale = 1.0  # factor of the model on its output head's logits; `find_scale` finds it
         self.softcap: float | None = None  # the scores' softcap, see `AttentionInputs`
         self.has_sinks = False  # whether layers have attention sinks
         # For long prompts, which are rows like others without it.
@@ -258,11 +254,6 @@ class Target(ABC):
         """Compute the (..., hidden_size) rows of the input table."""
         table = self.embeddings
         return table(tokens) if isinstance(table, LowBitEmbedding) else F.embedding(tokens, table)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Compute the model's (..., vocab) logits from its decoder's (..., hidden_size)."""
-        raw = self.lm_head(hidden)
-        return raw if self.scale == 1 else raw * self.scale
 
     def shortlist_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Return the (n, v) logits of some tokens, from (n, hidden_size); see `token_products`."""

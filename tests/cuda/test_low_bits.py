@@ -583,7 +583,7 @@ def test_shortlists_read_rows_of_the_packed_head(model):
     target, tokens = model.backend.target, torch.tensor([3, 200, 264])
     hidden = torch.randn(2, 32).bfloat16()
     with torch.inference_mode():
-        expected = target.logits(hidden)[:, tokens]
+        expected = target.lm_head(hidden)[:, tokens]
         assert torch.equal(target.shortlist_logits(hidden, tokens), expected)
         each = target.shortlist_logits(hidden, torch.stack([tokens, tokens + 0]))
     assert torch.equal(each, expected)

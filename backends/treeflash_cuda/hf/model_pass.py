@@ -39,6 +39,7 @@ class ModelPasses(RowTarget):
     model: PreTrainedModel
     cache_argument: str  # the name of the model's argument for a cache
     type_arguments: Sequence[str]  # the names of the arguments for types of tokens
+    attention_slots: dict[int, int]  # see `RecurrentCache.begin`
     # Whether layers attend to keys and values as they store them. If not, each sequence has a pass
     # of its own, which takes them from the layers.
     reads_cache = True

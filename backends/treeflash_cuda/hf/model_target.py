@@ -331,6 +331,7 @@ class ModelTarget(ModelPasses):
         self.model = model  # model whose attention was replaced
         self.layers_from = "transformers"
         self.is_hybrid, self.split = bool(hooked), split
+        self.attention_slots = {}
         # The recurrent layers whose states have values before keys.
         self.transposed_layers = frozenset(n for n, names in hooked.items() if MAMBA_2 in names)
         table = model.get_input_embeddings()
@@ -349,6 +350,7 @@ class ModelTarget(ModelPasses):
         ):
             weight = None
         self.lm_head_weight = weight
+        self.scale = 1.0  # factor of the model on its output head's logits; `find_scale` finds it
         self.hooks = ExitStack()  # closing it removes the hooks of `capture`
         parameters = inspect.signature(type(model).forward).parameters
         self.cache_argument = next((x for x in CACHES if x in parameters), "past_key_values")
@@ -517,6 +519,11 @@ class ModelTarget(ModelPasses):
                 f"output head by a factor (relative error {difference:.2f}), so drafters cannot be "
                 "trained for them"
             )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute the model's (..., vocab) logits from its decoder's (..., hidden_size)."""
+        raw = self.lm_head(hidden)
+        return raw if self.scale == 1 else raw * self.scale
 
     def _significant_difference(self, actual: Tensor, expected: Tensor) -> float:
         """Return the relative error of logits; 0 if other kernels could cause it."""
