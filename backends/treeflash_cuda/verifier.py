@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -39,6 +39,14 @@ FIRST_CHUNK, NEXT_CHUNK = 2048, 1024
 
 Path: TypeAlias = CommittedPath[State]
 """The nodes of a sequence to commit."""
+
+
+class CommitStep(NamedTuple):
+    """A part of a commit. The steps of a commit share one upload."""
+
+    arrays: list[NDArray[Any]]  # numbers that it needs on the device
+    # Does what may fail, with these arrays as tensors, and returns a function that does the rest.
+    prepare: Callable[..., Callable[[], None]]
 
 
 class Verifier:
@@ -126,6 +134,18 @@ class Verifier:
         if waiting := [x.state for x in paths if has_many_unprojected(x.state)]:
             assert self.drafter is not None
             project_contexts(waiting, self.drafter.project, torch.cat)
+        steps = [*self._moves(paths), *self._features(paths), *self._states(paths)]
+        arrays = [x for step in steps for x in step.arrays]
+        uploaded = iter(upload_all(arrays, self.target.device))
+        ends = [step.prepare(*itertools.islice(uploaded, len(step.arrays))) for step in steps]
+        for end in ends:
+            end()
+        for path in paths:
+            path.state.kv_cache.commit(len(path.nodes))
+            path.state.tokens += path.tokens
+
+    def _moves(self, paths: Sequence[Path]) -> Iterator[CommitStep]:
+        """Yield a step for each slab in which accepted rows move to the committed positions."""
         moves: dict[Slab, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
         for path in paths:
             cache, nodes = path.state.kv_cache, path.nodes
@@ -134,57 +154,10 @@ class Verifier:
                 offsets = (cache.length + x[moved] for x in (nodes, places))
                 source, target = map(cache.columns_at, offsets)
                 moves.setdefault(cache.slab, []).append((source, target))
-        groups = by_outputs(paths)
-        hybrid = [x for x in paths if isinstance(x.rows.written, SequenceWrites)]
-        by_tree: dict[TreeWrites, dict[int, Path]] = {}
-        for path in paths:
-            if isinstance(path.rows.written, WrittenTree):
-                writes, tree = path.rows.written
-                by_tree.setdefault(writes, {})[tree] = path
-        arrays: list[NDArray[Any]] = []
-        for pairs in moves.values():
-            arrays += [np.concatenate(columns) for columns in zip(*pairs, strict=True)]
+        for slab, pairs in moves.items():
+            arrays = [np.concatenate(columns) for columns in zip(*pairs, strict=True)]
             arrays.append(np.cumsum([len(sources) for sources, _ in pairs]))
-        arrays += [np.concatenate([x.rows.first + x.nodes for x in group]) for group in groups]
-        arrays += [path.nodes for path in hybrid]
-        committed: list[tuple[State, CommittedStates]] = []
-        for writes, members in by_tree.items():
-            after = writes.arena.take(len(members))
-            committed += zip((path.state for path in members.values()), after, strict=True)
-            arrays.append(writes.rows({i: path.nodes for i, path in members.items()}, after))
-        uploaded = iter(upload_all(arrays, self.target.device))
-        moved = [self._prepare_move(slab, *itertools.islice(uploaded, 3)) for slab in moves]
-        context: list[tuple[State, ContextPart]] = []
-        for group in groups:
-            assert self.drafter is not None
-            rows, captured = next(uploaded), group[0].rows.outputs.layers
-            layers = [
-                captured[i].index_select(0, rows) for i in self.drafter.config.target_layer_ids
-            ]
-            outputs, sizes = torch.cat(layers, -1), [len(path.nodes) for path in group]
-            if all(len(x.rows.tokens) == 1 and x.rows.merged is None for x in group):
-                waits = map(Unprojected, outputs.split(sizes))  # the drafter may pause
-                context += zip((path.state for path in group), waits, strict=True)
-                continue
-            # Prompts are projected at once: five layers have five times as many numbers.
-            parts = self.drafter.project(outputs).split(sizes)
-            for path, part in zip(group, parts, strict=True):
-                if (merged := path.rows.merged) is not None:
-                    part = torch.stack([part, merged], 1)
-                context.append((path.state, part))
-        for path in hybrid:
-            committed.append((path.state, path.rows.written.states_after(next(uploaded))))
-        for writes in by_tree:
-            writes.commit(next(uploaded))
-        for move in moved:
-            move()
-        for path in paths:
-            path.state.kv_cache.commit(len(path.nodes))
-            path.state.tokens += path.tokens
-        for state, states in committed:
-            state.restore_recurrent(states)
-        for state, part in context:
-            state.context.append(part)
+            yield CommitStep(arrays, functools.partial(self._prepare_move, slab))
 
     def _prepare_move(
         self, slab: Slab, sources: Tensor, targets: Tensor, ends: Tensor
@@ -199,6 +172,48 @@ class Verifier:
             return functools.partial(operations.move_columns, slab.storage, sources, targets, ends)
         return functools.partial(slab.write, targets.long(), slab.gather(sources))
 
+    def _features(self, paths: Sequence[Path]) -> Iterator[CommitStep]:
+        """Yield a step for each pass whose outputs become features, or wait for the next draft."""
+        for group in by_outputs(paths):
+            rows = np.concatenate([x.rows.first + x.nodes for x in group])
+            yield CommitStep([rows], functools.partial(self._prepare_features, group))
+
+    def _prepare_features(self, group: Sequence[Path], rows: Tensor) -> Callable[[], None]:
+        assert self.drafter is not None
+        captured, sizes = group[0].rows.outputs.layers, [len(path.nodes) for path in group]
+        layers = [captured[i].index_select(0, rows) for i in self.drafter.config.target_layer_ids]
+        outputs, parts = torch.cat(layers, -1), list[ContextPart]()
+        if all(len(x.rows.tokens) == 1 and x.rows.merged is None for x in group):
+            parts += map(Unprojected, outputs.split(sizes))  # the drafter may pause
+        else:
+            # Prompts are projected at once: five layers have five times as many numbers.
+            features = self.drafter.project(outputs).split(sizes)
+            merged = (path.rows.merged for path in group)
+            parts += (
+                own if embedded is None else torch.stack([own, embedded], 1)
+                for own, embedded in zip(features, merged, strict=True)
+            )
+
+        def append() -> None:
+            for path, part in zip(group, parts, strict=True):
+                path.state.context.append(part)
+
+        return append
+
+    def _states(self, paths: Sequence[Path]) -> Iterator[CommitStep]:
+        """Yield a step for each sequence, or pass over trees, with recurrent states."""
+        trees: dict[TreeWrites, dict[int, Path]] = {}
+        for path in paths:
+            if isinstance(written := path.rows.written, WrittenTree):
+                trees.setdefault(written.writes, {})[written.tree] = path
+            elif isinstance(written, SequenceWrites):
+                yield CommitStep([path.nodes], functools.partial(_prepare_states, path))
+        for writes, members in trees.items():
+            after = writes.arena.take(len(members))
+            rows = writes.rows({i: path.nodes for i, path in members.items()}, after)
+            pairs = list(zip(members.values(), after, strict=True))
+            yield CommitStep([rows], functools.partial(_prepare_trees, writes, pairs))
+
     def _merged(self, head: MtpModel, rows: PassRows[State]) -> Tensor:
         """Return `PassRows.merged` of a part of a prompt that has features."""
         state, n = rows.state, len(rows.tokens)
@@ -208,3 +223,20 @@ class Verifier:
         merged = OutputStage(head, self.target).embed(tokens.long())
         read = rows.outputs.layers[-1].narrow(0, rows.first, n)  # by the target's first layer
         return torch.where(places.bool()[:, None], read.to(merged.dtype), merged)
+
+
+def _prepare_states(path: Path, nodes: Tensor) -> Callable[[], None]:
+    states = path.rows.written.states_after(nodes)
+    return functools.partial(path.state.restore_recurrent, states)
+
+
+def _prepare_trees(
+    writes: TreeWrites, pairs: Sequence[tuple[Path, CommittedStates]], rows: Tensor
+) -> Callable[[], None]:
+    writes.commit(rows)
+
+    def restore() -> None:
+        for path, states in pairs:
+            path.state.restore_recurrent(states)
+
+    return restore
