@@ -42,7 +42,7 @@ from torch import Tensor
 
 from treeflash.config import GIB
 from treeflash.decoding.interfaces import StateArrays
-from treeflash.errors import ConfigError, MemoryInUseError, UnsupportedModelError
+from treeflash.errors import ConfigError, MemoryInUseError
 from treeflash_cuda.gpu.host_copies import host_copies
 from treeflash_cuda.numerics import upload
 from treeflash_cuda.visible_keys import PAGE
@@ -58,11 +58,6 @@ WIDE_ALIGNMENT = 8
 SLAB_BYTES = 64 << 20
 """The least that is allocated at once, so that short sequences share an allocation."""
 
-
-DIFFERENT_SHAPES = (
-    "their layers have keys and values of different shapes, which the cuda backend's cache does "
-    "not support"
-)
 
 Span: TypeAlias = tuple[torch.device, int]
 """A device, and its number of consecutive layers."""
@@ -483,17 +478,14 @@ class KVCache:
             self.slab, self.pages = self.arena.take(self.capacity, self.arena.like)
         return self.slab
 
-    def reserve(self, k: Tensor, v: Tensor, first: int, end: int) -> Slab:
+    def reserve(self, like: Tensor, first: int, end: int) -> Slab:
         """Let the sequence alone have the columns of offsets first .. end - 1; return their slab.
 
-        They are for stored keys and values like `k` and `v`. Raises an UnsupportedModelError if the
-        layers' keys and values differ in shape.
+        They are for stored (1, kv_heads, any, width) keys like these.
         """
         if self.slab is None:
-            self.slab, self.pages = self.arena.take(self.capacity, k)
+            self.slab, self.pages = self.arena.take(self.capacity, like)
         slab = self.slab
-        if k.shape != v.shape or k.shape[1::2] != slab.parts[0].shape[2::2]:
-            raise UnsupportedModelError(DIFFERENT_SHAPES)
         assert end <= self.capacity, "the sequence has outgrown its capacity"
         if slab.page > 1:
             written = slice(first // slab.page, self.arena.pages_of(end))
@@ -504,7 +496,7 @@ class KVCache:
     def reserve_rows(self, first: int, end: int) -> Slab:
         """Reserve columns in an arena whose shape is known; see `reserve`."""
         assert self.arena.like is not None
-        return self.reserve(self.arena.like, self.arena.like, first, end)
+        return self.reserve(self.arena.like, first, end)
 
     def columns_at(self, offsets: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         """Return the columns of the slab at some offsets."""
@@ -531,12 +523,6 @@ class KVCache:
         if isinstance(index, slice):
             return torch.arange(index.start, index.stop, device=device)
         return index.to(device)
-
-    def views(self, first: int, end: int, width: int | None = None) -> Columns:
-        """View the stored columns from offset `first` to `end`, where they follow one another."""
-        index = self.index(first, end)
-        assert isinstance(index, slice)
-        return self.allocate().views(index, width)
 
     @property
     def parts(self) -> Sequence[Tensor]:
@@ -656,28 +642,50 @@ Segment: TypeAlias = tuple[KVCache, int, int]
 """Consecutive rows of a sequence: its cache, the first offset, and the number of rows."""
 
 
-class PackedRows:
-    """The columns of the rows of several sequences: one copy writes all sequences of a slab."""
+class WrittenRows:
+    """The columns that the rows of a pass write: one copy writes all sequences of a slab.
 
-    def __init__(self, segments: Sequence[Segment], keys: Tensor) -> None:
-        """Reserve the columns for stored (1, kv_heads, rows, width) keys of a layer."""
+    Those of a single sequence are views, if they follow one another, which make fewer operations.
+    """
+
+    def __init__(self, segments: Sequence[Segment], like: Tensor, width: int | None = None) -> None:
+        """Reserve the columns, for stored (1, kv_heads, any, width) keys like these.
+
+        Only the first `width` numbers of a column are written, if it is given.
+        """
+        self.count = sum(n for *_, n in segments)
+        self._views: Columns = []  # the rows of a single sequence, by layer
+        # Others stand by slab: all columns by layer, the indices of the slab's rows (None for all
+        # of them), and their columns.
+        self._slabs: list[tuple[Columns, Tensor | None, Tensor]] = []
+        if len(segments) == 1:
+            ((sequence, first, n),) = segments
+            slab = sequence.reserve(like, first, first + n)
+            if isinstance(index := sequence.index(first, first + n), slice):
+                self._views = slab.views(index, width)
+                return
         parts: dict[Slab, list[tuple[Tensor, Tensor]]] = {}
         row = 0
         for sequence, first, n in segments:
-            slab = sequence.reserve(keys, keys, first, first + n)
-            rows = torch.arange(row, row + n, device=keys.device)
-            columns = sequence.index_tensor(first, first + n, keys.device)
+            slab = sequence.reserve(like, first, first + n)
+            rows = torch.arange(row, row + n, device=like.device)
+            columns = sequence.index_tensor(first, first + n, like.device)
             parts.setdefault(slab, []).append((rows, columns))
             row += n
-        # Each slab stands with the indices of its rows (None for all of them) and their columns.
-        self.slabs: list[tuple[Slab, Tensor | None, Tensor]] = []
         for slab, pairs in parts.items():
             rows, columns = (torch.cat(x) for x in zip(*pairs, strict=True))
-            self.slabs.append((slab, rows if len(parts) > 1 else None, columns))
+            views = slab.views(slice(None), width)
+            self._slabs.append((views, rows if len(parts) > 1 else None, columns))
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write the stored keys and values of all rows, (1, kv_heads, rows, width) each."""
-        for slab, rows, columns in self.slabs:
-            for storage, x in zip(slab.layer(layer), (k[0], v[0]), strict=True):
-                selected = x if rows is None else x.index_select(1, rows.to(x.device))
-                storage.index_copy_(1, columns.to(x.device), selected)
+        """Write (kv_heads, n, width) keys and values, of which the first rows are the pass's."""
+        if k.shape[1] > self.count:
+            k, v = k[:, : self.count], v[:, : self.count]
+        if self._views:
+            for storage, x in zip(self._views[layer], (k, v), strict=True):
+                storage.copy_(x)
+        for views, rows, columns in self._slabs:
+            for storage, x in zip(views[layer], (k, v), strict=True):
+                own = x if rows is None else x.index_select(1, rows.to(x.device))
+                places = columns.to(storage.device)
+                storage[0].index_copy_(1, places, own.to(storage.dtype))

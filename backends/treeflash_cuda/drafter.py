@@ -22,7 +22,7 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.config import LayerKind, window_gap
 from treeflash.drafters.layers import Rotations, visible_positions
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
-from treeflash_cuda.cache import PackedRows, Slab
+from treeflash_cuda.cache import Slab, WrittenRows
 from treeflash_cuda.drafter_model import OPERATIONS, DrafterModel, Rotation
 from treeflash_cuda.gpu.graphs import Graphs, Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import token_products
@@ -140,7 +140,7 @@ class MaskedDrafts:
         # Block i does not see the positions `gaps[i]`; see `window_gap`.
         self.gaps = [window_gap(state.length, window) for state in states]
         self._masks: dict[LayerKind, list[Tensor | None]] = {}
-        self._packed: PackedRows | None = None  # the columns of the rows
+        self._rows: WrittenRows | None = None  # the columns of the rows
 
     @property
     def has_gaps(self) -> bool:
@@ -154,11 +154,11 @@ class MaskedDrafts:
         and then of the blocks, are written to the drafter's KV cache first.
         """
         size, kind = self.config.block_size, self.config.layer_kinds[layer]
-        if self._packed is None:
+        if self._rows is None:
             contexts = [(x, x.length, start - x.length) for x, start in self.sequences]
             blocks = [(cache, start, size) for cache, start in self.sequences]
-            self._packed = PackedRows([*contexts, *blocks], k)
-        self._packed.write(layer, k, v)
+            self._rows = WrittenRows([*contexts, *blocks], k)
+        self._rows.write(layer, k[0], v[0])
         keys_and_values = []
         for (cache, start), gap in zip(self.sequences, self.gaps, strict=True):
             keys, values = cache.first_columns(layer, start + size)

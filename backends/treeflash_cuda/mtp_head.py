@@ -37,7 +37,7 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.mtp_heads import MtpConfig, first_visible
 from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
-from treeflash_cuda.cache import Arena, Index, KVCache, PackedRows, Slab, from_host, to_host
+from treeflash_cuda.cache import Arena, Index, KVCache, Slab, WrittenRows, from_host, to_host
 from treeflash_cuda.drafter import MAX_CONTEXT, Block, Drafter, OutputStage
 from treeflash_cuda.drafter_model import OPERATIONS, OwnVocabulary, Rotary, Rotation, join, split
 from treeflash_cuda.gpu.graphs import (
@@ -82,7 +82,7 @@ class MtpModel(MtpLayer, nn.Module):
         return self.rotary(upload(time, like.device), like.dtype)
 
     def write(self, segments: Sequence[tuple[MtpCache, int, int]], k: Tensor, v: Tensor) -> None:
-        PackedRows(segments, k).write(0, k, v)
+        WrittenRows(segments, k).write(0, k[0], v[0])
 
     def attend(
         self,

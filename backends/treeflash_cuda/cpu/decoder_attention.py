@@ -22,7 +22,7 @@ from treeflash_cuda.attention import (
     group_mask,
     grouped_attention,
 )
-from treeflash_cuda.cache import Columns, KVCache, PackedRows, decoded
+from treeflash_cuda.cache import KVCache, SeenColumns, WrittenRows, decoded
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.operations import Rotation, rotate
 from treeflash_cuda.exact_attention import Plan, visible_rows
@@ -33,7 +33,6 @@ class CacheBlock(TokenBlock):
     """A block of one sequence, whose keys and values have a cache."""
 
     cache: KVCache
-    repeats: int = 1  # how often the pass has each row; see `Target.token_rows`
 
     def visible(self, window: int | None) -> Tensor | None:
         """Return the (n, committed + n) bool mask; None if a lone row sees every column."""
@@ -62,25 +61,10 @@ class RowStore:
         width: int | None = None,  # numbers of a column that are written; None for all
     ) -> None:
         self.facts, self.blocks, self.kv_heads = facts, blocks, facts.kv_heads
-        # The (rows, kv_heads, width) columns of the only sequence, by layer.
-        self._columns: Columns = []
-        # Several sequences have an entry for each slab: the keys and values of all its columns, by
-        # layer, the indices of its rows (None for all of them), and their columns.
-        self._slabs: list[tuple[Columns, Tensor | None, Tensor]] = []
         like = blocks[0].cache.arena.like
         assert like is not None
         segments = [(block.cache, block.committed, len(block)) for block in blocks]
-        if len(segments) > 1:
-            for slab, indices, columns in PackedRows(segments, like).slabs:
-                self._slabs.append((slab.views(slice(None), width), indices, columns))
-        else:
-            ((cache, first, n),) = segments
-            rows = n * blocks[0].repeats
-            cache.reserve(like, like, first, first + n)
-            # Repeated rows go behind the last column, as far as there is room; no row reads them.
-            own = cache.views(first, min(first + rows, cache.capacity), width)
-            # By row, as layers give keys and values.
-            self._columns = [(k[0].transpose(0, 1), v[0].transpose(0, 1)) for k, v in own]
+        self._rows = WrittenRows(segments, like, width)
 
     def turn(
         self,
@@ -100,14 +84,8 @@ class RowStore:
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Write (n, kv_heads, head_dim) keys and values to the KV caches of the rows' sequences."""
-        pair = self._encoded(keys), self._encoded(values)
-        if self._columns:
-            for storage, x in zip(self._columns[layer], pair, strict=True):
-                storage.copy_(x if len(x) == len(storage) else x[: len(storage)])
-        for columns, rows, places in self._slabs:
-            for storage, x in zip(columns[layer], pair, strict=True):
-                own = x if rows is None else x.index_select(0, rows)
-                storage[0].index_copy_(1, places, own.transpose(0, 1).to(storage.dtype))
+        keys, values = (self._encoded(x).transpose(0, 1) for x in (keys, values))
+        self._rows.write(layer, keys, values)
 
     def _encoded(self, x: Tensor) -> Tensor:
         """Convert (n, kv_heads, head_dim) keys or values to the format that is stored."""
@@ -119,7 +97,7 @@ class MaskedAttention(RowStore):
 
     def __init__(self, facts: DecoderFacts, blocks: Sequence[CacheBlock]) -> None:
         super().__init__(facts, blocks)
-        self._seen = [block.cache.views(0, block.committed + len(block)) for block in blocks]
+        self._seen = [SeenColumns(block.cache, block.committed + len(block)) for block in blocks]
         self._masks: dict[int | None, list[Tensor | None]] = {}
 
     def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
@@ -127,7 +105,7 @@ class MaskedAttention(RowStore):
             self._masks[window] = [self._mask(block, window, queries) for block in self.blocks]
         parts = queries.split([len(block) for block in self.blocks])
         outputs = [
-            self._attend(block, q, seen[layer], mask)
+            self._attend(block, q, seen.layer(layer), mask)
             for block, q, seen, mask in zip(
                 self.blocks, parts, self._seen, self._masks[window], strict=True
             )

@@ -124,7 +124,7 @@ class CpuTarget(DecoderTarget):
             tree = tokens if isinstance(tokens, DraftTree) else None
             ancestors = None if tree is None else torch.from_numpy(tree.ancestor_mask())
             positions = torch.from_numpy(state.rotary_positions(tokens).copy())
-            blocks.append(CacheBlock(state.length, positions, ancestors, state.kv_cache, repeats))
+            blocks.append(CacheBlock(state.length, positions, ancestors, state.kv_cache))
             if state.recurrent is not None:
                 n = len(positions)
                 parts.append(SequenceRows(state.recurrent, count, n, tree, ancestors))

@@ -12,7 +12,7 @@ from transformers.masking_utils import causal_mask_function
 
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.attention import TokenBlock
-from treeflash_cuda.cache import Columns, KVCache, PackedRows, widen
+from treeflash_cuda.cache import KVCache, widen
 from treeflash_cuda.exact_attention import Plan, Rows, visible_rows
 from treeflash_cuda.hf.attention_contexts import (
     AttentionInputs,
@@ -73,12 +73,7 @@ class ExactContext:
 class ExactCache(TreeCache):
     """Stores keys and values in float32, beside the ones that the arena has after them."""
 
-    def __init__(self, sequences: Sequence[KVCache], rows: Sequence[int]) -> None:
-        super().__init__(sequences, rows)
-        self.keys: Tensor | None = None  # the keys of the layer that was updated last
-        # Several sequences have an entry for each slab: the keys and values of all its columns, by
-        # layer, the indices of its rows (None for all of them), and their columns.
-        self._slabs: list[tuple[Columns, Tensor | None, Tensor]] = []
+    keys: Tensor | None = None  # the keys of the layer that was updated last
 
     @torch.compiler.disable
     def update(
@@ -86,31 +81,8 @@ class ExactCache(TreeCache):
     ) -> tuple[Tensor, Tensor]:
         """Store the keys and values of all rows, and return them: contexts read the columns."""
         self.layer, self.keys = layer_idx, key_states
-        if not self._new and not self._slabs:
-            self._reserve(widen(key_states[:, :, :1]), *key_states.shape[2:])
-        states = key_states, value_states
-        if self._new:
-            for storage, x in zip(self._new[layer_idx], states, strict=True):
-                storage.copy_(x if x.shape == storage.shape else x[:, :, : storage.shape[2]])
-            return states
-        wide = [x.float() for x in states]
-        for storages, rows, columns in self._slabs:
-            for storage, x in zip(storages[layer_idx], wide, strict=True):
-                x = x if rows is None else x.index_select(2, rows)
-                storage.index_copy_(2, columns, x)
-        return states
-
-    def _reserve(self, like: Tensor, tokens: int, width: int) -> None:
-        """Reserve columns for stored keys like these, whose first `width` numbers are written.
-
-        The further rows of `ExactContext.repeats` are stored in the columns after the last one,
-        which no row reads, as far as there is room.
-        """
-        segments = [(x, x.length, n) for x, n in zip(self.sequences, self.rows, strict=True)]
-        if len(segments) > 1:
-            for slab, rows, columns in PackedRows(segments, like).slabs:
-                self._slabs.append((slab.views(slice(None), width), rows, columns))
-        else:
-            ((sequence, first, n),) = segments
-            sequence.reserve(like, like, first, first + n)
-            self._new = sequence.views(first, min(first + tokens, sequence.capacity), width)
+        if self._written is None:
+            like = widen(key_states[:, :, :1])
+            self._written = self.written_rows(like, key_states.shape[3])
+        self._written.write(layer_idx, key_states[0], value_states[0])
+        return key_states, value_states

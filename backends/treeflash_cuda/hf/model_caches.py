@@ -11,13 +11,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache
 
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.cache import (
-    DIFFERENT_SHAPES,
-    Columns,
-    KVCache,
-    PackedRows,
-    SeenColumns,
-    Slab,
+from treeflash_cuda.cache import KVCache, SeenColumns, Slab, WrittenRows
+
+DIFFERENT_SHAPES = (
+    "their layers have keys and values of different shapes, which the cuda backend's cache does "
+    "not support"
 )
 
 
@@ -31,10 +29,9 @@ class TreeCache(Cache):
         self.layer = 0  # the one that was updated last, or whose keys are attended to
         # The layers by the keys and values that they stored, which later layers may share.
         self._stored_by = WeakTensorKeyDictionary()
-        # Rows are written by either: views of a single sequence's columns, if they follow one
-        # another, make fewer operations.
-        self._packed: PackedRows | None = None
-        self._new: Columns = []
+        # These are made when the first layer stores keys of this shape.
+        self._shape = torch.Size()
+        self._written: WrittenRows | None = None
         self._seen: list[SeenColumns] = []  # the columns of each sequence, its rows included
 
     @torch.compiler.disable
@@ -48,30 +45,21 @@ class TreeCache(Cache):
         """
         self.layer = layer_idx
         keys, values = map(self.sequences[0].arena.encode, (key_states, value_states))
-        if not self._seen:
-            self._reserve_rows(keys, values)
-        if self._packed is not None:
-            self._packed.write(layer_idx, keys, values)
-        else:
-            for storage, x in zip(self._new[layer_idx], (keys, values), strict=True):
-                if x.shape != storage.shape:
-                    raise UnsupportedModelError(DIFFERENT_SHAPES)
-                storage.copy_(x)
+        if self._written is None:
+            self._shape, self._written = keys.shape, self.written_rows(keys)
+            sizes = zip(self.sequences, self.rows, strict=True)
+            self._seen = [SeenColumns(x, x.length + n) for x, n in sizes]
+        if not keys.shape == values.shape == self._shape:
+            raise UnsupportedModelError(DIFFERENT_SHAPES)
+        self._written.write(layer_idx, keys[0], values[0])
         if len(self.sequences) > 1:
             return self.noted(key_states, value_states)
         return self.noted(*self.visible_columns()[0])
 
-    def _reserve_rows(self, keys: Tensor, values: Tensor) -> None:
-        """Reserve the columns of all rows, for keys and values of a layer like these."""
-        segments = [(x, x.length, n) for x, n in zip(self.sequences, self.rows, strict=True)]
-        if len(segments) == 1:
-            ((sequence, first, n),) = segments
-            slab, end = sequence.reserve(keys, values, first, first + n), first + n
-            if isinstance(index := sequence.index(first, end), slice):
-                self._new = slab.views(index)
-        if not self._new:
-            self._packed = PackedRows(segments, keys)
-        self._seen = [SeenColumns(x, first + n) for x, first, n in segments]
+    def written_rows(self, like: Tensor, width: int | None = None) -> WrittenRows:
+        """Reserve the columns of all rows; see `WrittenRows`."""
+        sizes = zip(self.sequences, self.rows, strict=True)
+        return WrittenRows([(x, x.length, n) for x, n in sizes], like, width)
 
     def noted(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Note that `layer` stored these keys and values, and return them."""
