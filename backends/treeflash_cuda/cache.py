@@ -451,7 +451,7 @@ class KVCache:
     slab: Slab | None = None  # None before the first block, and after the sequence is closed
     pages: Pages = field(default_factory=NO_PAGES.copy)  # of the slab, by offset
     length: int = 0  # committed positions
-    # The next token, if its key is the last one of a page that the sequence shares.
+    # The next token, if a page that the sequence shares has its key as the last one.
     shared_token: int | None = None
 
     rewritten = 0
@@ -491,6 +491,8 @@ class KVCache:
             written = slice(first // slab.page, self.arena.pages_of(end))
             for n in written.start + np.flatnonzero(slab.owners[self.pages[written]] > 1):
                 self.pages[n] = self.arena.own(slab, int(self.pages[n]))
+            if first <= self.length:
+                self.shared_token = None  # another key is written there
         return slab
 
     def reserve_rows(self, first: int, end: int) -> Slab:
@@ -541,11 +543,9 @@ class KVCache:
 
     def commit(self, count: int) -> None:
         """Commit the first `count` rows of the block."""
-        if self.shared_token is not None:
+        if self.shared_token is not None:  # nothing was written to its page
             assert self.slab is not None
-            page = int(self.pages[self.length // self.arena.page])
-            if self.slab.owners[page] > 1:  # nothing was written to it
-                self.arena.drop_spare(self.slab, page)
+            self.arena.drop_spare(self.slab, int(self.pages[self.length // self.arena.page]))
             self.shared_token = None
         self.length += count
 
@@ -585,7 +585,7 @@ class KVCache:
 
     def load(self, arrays: StateArrays, length: int) -> None:
         self.write_stored(arrays, self.length)
-        self.length, self.shared_token = length, None
+        self.length = length
 
     def write_stored(self, arrays: StateArrays, first: int) -> None:
         """Write what `export` copied to the columns of offsets from `first` on."""

@@ -312,6 +312,15 @@ def test_a_fork_copies_its_full_page_for_another_token_than_the_page_has():
         assert (fork.cache.pages[0] == first.cache.pages[0]) == is_shared
         texts.check()
     assert texts.arena.slabs[0].spares == {}
+    for spoilt in ([4], [3, 3]):  # a pass over them has failed, and left its keys
+        fork = texts.fork(first, PAGE - 1, 2 * PAGE, token=3)
+        offsets = fork.cache.next_offsets(np.array(spoilt))
+        fork.cache.reserve_rows(int(offsets[0]), int(offsets[-1]) + 1)
+        assert fork.cache.next_offsets(np.array([3])) == PAGE - 1
+        texts.write(fork, 1)
+        texts.check()
+        texts.held.remove(fork)
+        fork.cache.close()
     cut = texts.arena.new_cache(2 * PAGE)
     cut.copy_from(first.cache, PAGE - 1, token=3)
     cut.truncate(7)
