@@ -29,7 +29,7 @@ moves bytes and does not depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, TypeAlias
@@ -138,8 +138,10 @@ class Slab:
         self.parts = parts
         self.page = page  # columns of a page; see `Arena.page`
         self.owners = np.zeros(self.columns // page, np.int32)  # sequences that have each page
-        # Free pages, owned by none but taken, by the shared page of which they will be copies.
+        # Free pages, owned by none but taken, by the shared page of which they will be copies; and
+        # the owners of such a page that may write to it.
         self.spares: dict[int, list[int]] = {}
+        self.writers: dict[int, set[KVCache]] = {}
 
     @property
     def columns(self) -> int:
@@ -217,25 +219,34 @@ class Slab:
         self.owners[pages] = 1
         return pages
 
-    def give_back(self, pages: Pages) -> None:
-        """Take pages back from one of their owners; a single owner needs no spares."""
+    def give_back(self, pages: Pages, owner: KVCache) -> None:
+        """Take pages back from one of their owners."""
         self.owners[pages] -= 1
         for page in self._spared(pages):
-            self.keep_spares(page, max(int(self.owners[page]) - 1, 0))
+            self.leave(page, owner)
 
-    def keep_spares(self, page: int, most: int) -> None:
-        """Free the spares of a page that are more than `most`."""
-        spares = self.spares[page]
-        while len(spares) > most:
+    def add_spare(self, page: int, spare: int, writers: Iterable[KVCache]) -> None:
+        """Keep a free page for a copy of a page, to which these sequences may write, too."""
+        self.spares.setdefault(page, []).append(spare)
+        self.writers.setdefault(page, set()).update(writers)
+
+    def leave(self, page: int, owner: KVCache) -> None:
+        """Note that a sequence will not write to a page, and free the spares that none needs.
+
+        Every writer needs one; but the last one needs none if all other owners are gone.
+        """
+        spares, writers = self.spares[page], self.writers[page]
+        writers.discard(owner)
+        while len(spares) > max(min(len(writers), int(self.owners[page]) - 1), 0):
             self.owners[spares.pop()] = 0
         if not spares:
-            del self.spares[page]
+            del self.spares[page], self.writers[page]
 
     def _spared(self, pages: Pages) -> list[int]:
         """Return those among some pages that have spares."""
         return [page for page in self.spares if (pages == page).any()]
 
-    def own(self, page: int) -> int | None:
+    def own(self, page: int, owner: KVCache) -> int | None:
         """Return a copy of a page for one of its owners; None if no page is free for it."""
         if spares := self.spares.get(page):
             new = spares.pop()
@@ -245,7 +256,7 @@ class Slab:
             return None
         source, target = (slice(x * self.page, (x + 1) * self.page) for x in (page, new))
         self.copy(target, self, source)
-        self.give_back(np.array([page]))
+        self.give_back(np.array([page]), owner)
         return new
 
     def held_nbytes(self, pages: Pages) -> int:
@@ -373,13 +384,13 @@ class Arena:
             assert taken is not None
             return self.slabs[-1], taken
 
-    def share(self, other: KVCache, length: int, capacity: int) -> tuple[Slab, Pages] | None:
-        """Take the pages of a sequence's first positions, and others up to `capacity` columns.
+    def share(self, new: KVCache, other: KVCache, length: int) -> tuple[Slab, Pages] | None:
+        """Take the pages of a sequence's first positions, and others up to the new capacity.
 
         A page that either sequence will write to gets a spare. None if pages are not shared here,
         or the slab has too few free ones and others can be allocated. Raises as `take`.
         """
-        slab = other.slab
+        slab, capacity = other.slab, new.capacity
         if self.page == 1 or slab is None or not length:
             return None
         shared, kept = other.pages[: self.pages_of(length)], (length - other.rewritten) // self.page
@@ -390,27 +401,29 @@ class Arena:
                     self._refuse(count, self.reserved_nbytes, capacity)
                 return None
             slab.owners[shared] += 1
+            # The other sequence writes behind its own last position.
+            writes = (other.length - other.rewritten) // self.page == kept
             for page, spare in zip(shared[kept:].tolist(), own.tolist(), strict=False):
-                slab.spares.setdefault(page, []).append(spare)
+                slab.add_spare(page, spare, [new, other] if writes else [new])
         return slab, np.concatenate([shared, own[len(shared) - kept :]])
 
-    def own(self, slab: Slab, page: int) -> int:
+    def own(self, slab: Slab, page: int, owner: KVCache) -> int:
         """Return a copy of a shared page for one of its owners.
 
         Raises a MemoryInUseError if no page is free: only a sequence that writes before the
         positions at which it was forked can meet it.
         """
         with self.lock:
-            new = slab.own(page)
+            new = slab.own(page, owner)
         if new is None:
             raise MemoryInUseError("memory has no page left for a copy of a shared one")
         return new
 
-    def drop_spare(self, slab: Slab, page: int) -> None:
-        """Free the spare of an owner that will not write to a shared page."""
+    def leave(self, slab: Slab, page: int, owner: KVCache) -> None:
+        """Note that an owner of a page will not write to it; see `Slab.leave`."""
         with self.lock:
-            if spares := slab.spares.get(page):
-                slab.keep_spares(page, len(spares) - 1)
+            if page in slab.spares:
+                slab.leave(page, owner)
 
     def _refuse(self, count: int, reserved: int, capacity: int) -> None:
         """Raise for pages that are not free, or are more than the reserved memory has."""
@@ -427,10 +440,10 @@ class Arena:
                 "once"
             )
 
-    def give_back(self, slab: Slab, pages: Pages) -> None:
-        """Take pages back; only the smallest of the slabs that nothing owns is kept."""
+    def give_back(self, slab: Slab, owner: KVCache) -> None:
+        """Take a sequence's pages back; only the smallest slab that nothing owns is kept."""
         with self.lock:
-            slab.give_back(pages)
+            slab.give_back(owner.pages, owner)
             free = sorted((slab for slab in self.slabs if slab.is_free), key=lambda x: x.columns)
             for slab in free[1:]:
                 self.slabs.remove(slab)
@@ -490,7 +503,7 @@ class KVCache:
         if slab.page > 1:
             written = slice(first // slab.page, self.arena.pages_of(end))
             for n in written.start + np.flatnonzero(slab.owners[self.pages[written]] > 1):
-                self.pages[n] = self.arena.own(slab, int(self.pages[n]))
+                self.pages[n] = self.arena.own(slab, int(self.pages[n]), self)
             if first <= self.length:
                 self.shared_token = None  # another key is written there
         return slab
@@ -545,7 +558,7 @@ class KVCache:
         """Commit the first `count` rows of the block."""
         if self.shared_token is not None:  # nothing was written to its page
             assert self.slab is not None
-            self.arena.drop_spare(self.slab, int(self.pages[self.length // self.arena.page]))
+            self.arena.leave(self.slab, int(self.pages[self.length // self.arena.page]), self)
             self.shared_token = None
         self.length += count
 
@@ -564,7 +577,7 @@ class KVCache:
         if memory for them is reserved. The other sequence has this token at position `length`.
         """
         length = min(length, other.length)
-        if (taken := self.arena.share(other, length, self.capacity)) is not None:
+        if (taken := self.arena.share(self, other, length)) is not None:
             self.slab, self.pages = taken
             if (length + 1) % self.arena.page == 0 and length + 1 < self.capacity:
                 self.shared_token = token
@@ -614,7 +627,7 @@ class KVCache:
 
     def close(self) -> None:
         if self.slab is not None:
-            self.arena.give_back(self.slab, self.pages)
+            self.arena.give_back(self.slab, self)
         self.slab, self.pages, self.length = None, NO_PAGES, 0
 
 

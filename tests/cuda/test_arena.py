@@ -327,6 +327,25 @@ def test_a_fork_copies_its_full_page_for_another_token_than_the_page_has():
     assert cut.next_offsets(np.array([3])) == 7
 
 
+def test_a_fork_that_keeps_a_full_page_leaves_the_page_s_copy_to_another_one():
+    """The sequence that they were forked from has ended, so that one copy is enough for both."""
+    texts = Texts(arena_of(5 * PAGE, PAGE, reserved=True), None)
+    first = texts.open(PAGE)
+    texts.write(first, PAGE)
+    keeps, writes = (texts.fork(first, PAGE - 1, 2 * PAGE, token=3) for _ in range(2))
+    first.cache.close()
+    texts.held.remove(first)
+    assert (texts.held, texts.free) == ([keeps, writes], 1)
+    opened(texts.arena, PAGE)
+    keeps.cache.commit(1)
+    keeps.expected = first.expected
+    with pytest.raises(MemoryInUseError):
+        opened(texts.arena, PAGE)
+    texts.write(writes, 1)
+    assert texts.arena.slabs[0].spares == {}
+    np.testing.assert_array_equal(writes.cache.read()[0, 0, 0, :, 0], writes.expected)
+
+
 PROMPT = [3 + n * n % 20 for n in range(80)]
 """More than a page of 64 columns."""
 
