@@ -11,11 +11,11 @@ from functools import cache
 import httpx
 import pytest
 from asgi import LostReplicaError, Pieces, ask, ask_async, ingress
-from bodies import MESSAGES, REQUESTS, USER
+from bodies import MESSAGES, OLLAMA, REQUESTS, USER
 from failures import failing
 from pydantic import TypeAdapter
 from recordings import recording
-from servers import PATIENCE, check_error, error_of, pool_of, serving
+from servers import PATIENCE, Gate, check_error, error_of, pool_of, serving, wait_until
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -521,6 +521,32 @@ def test_a_disconnect_reaches_the_replica(begun):
 
     asyncio.run(run())
     assert pieces[0].cancelled
+
+
+@pytest.mark.parametrize("path", [*STREAMS, f"{OLLAMA}chat"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_leaves_no_task(started, path, stream):
+    """A task that waited for the next tokens would keep the answer in memory up to its deadline."""
+    server = started()
+    body = content(path, stream=stream)
+
+    async def run():
+        gone = asyncio.Event()
+        app = server.server.config.app
+        asked = asyncio.create_task(ask_async(app, "POST", path, JSON, [body], disconnect=gone))
+        while not server.engine.unfinished:
+            await asyncio.sleep(0.001)
+        gone.set()
+        await asked
+        for _ in range(100):
+            if len(asyncio.all_tasks()) == 1:
+                break
+            await asyncio.sleep(0.01)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    with Gate(server.engine):
+        assert not asyncio.run(run())
+    wait_until(lambda: not server.engine.unfinished)
 
 
 def test_requests_of_one_key_are_routed_by_their_prompts_alone(started):
