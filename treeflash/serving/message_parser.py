@@ -22,7 +22,7 @@ from treeflash.decoding.families import family_of
 from treeflash.drafters.folder import read_config
 from treeflash.serving.errors import bad_request
 from treeflash.serving.response_templates import JSON_CALL, TOOL_CALL_PARSERS
-from treeflash.serving.schemas import AllowedTools
+from treeflash.serving.schemas import ANY_OBJECT, AllowedTools
 from treeflash.text.grammar import SPACE, Grammar, bound_white_space, escape_slashes
 from treeflash.text.stream import Chunk
 from treeflash.text.tokenizer import Tokenizer
@@ -128,37 +128,46 @@ class ResponseTemplate:
                 "do not request structured output",
                 param,
             )
-        schemas = {
-            tool["function"]["name"]: tool["function"].get("parameters") or {"type": "object"}
-            if tools.must_call or tool["function"].get("strict")
-            else {"type": "object"}
-            for tool in tools.functions
-        }
+        schemas: dict[str, Any] = {}
+        for tool in tools.functions:
+            called = tool["function"]
+            enforced = called.get("parameters") if tools.must_call or called.get("strict") else None
+            schemas[called["name"]] = enforced or ANY_OBJECT
         calls: dict[str, Any]
         if (key := ARGUMENT_KEYS.get(str(function))) is not None:  # all of the call is JSON
             calls = {opening: {"anyOf": [_call_schema(*x, key) for x in schemas.items()]}}
         else:  # the name is in the opening
             calls = {_with_name(opening, name): schema for name, schema in schemas.items()}
-        rules, entries = [], []
-        for i, (pattern, schema) in enumerate(calls.items()):
-            # The opening ends a lazy lexeme, so that free text ends where a call begins.
+        return _grammar_of_calls(calls, close, free=free, parallel=tools.parallel)
+
+
+def _grammar_of_calls(
+    calls: Mapping[str, Any], close: str, *, free: bool, parallel: bool
+) -> Grammar:
+    """Return the grammar of messages with calls: JSON schemas by the patterns that begin a call.
+
+    `close` is the pattern after the JSON; see `ResponseTemplate.call_grammar` for `free`. There is
+    at most one call unless they are `parallel`.
+    """
+    rules, entries = [], []
+    for i, (opening, schema) in enumerate(calls.items()):
+        begin = ""
+        if opening:  # it ends a lazy lexeme, so that free text ends where a call begins
+            begin = f"opening_{i} /{SPACE}/ "
             text = "(?s:.*)" if free else ""
-            begin = f"opening_{i} /{SPACE}/ " if pattern else ""
-            if pattern:
-                rules.append(f"opening_{i}[lazy]: /{text}{escape_slashes(pattern)}/")
-            call = f"{begin}@arguments_{i} /{SPACE}{escape_slashes(close)}/"
-            rules.append(f"call_{i}: {call}")
-            entries.append({"name": f"arguments_{i}", "json_schema": bound_white_space(schema)})
-        start = "start: (" + " | ".join(f"call_{i}" for i in range(len(calls))) + ")"
-        if not free:
-            start += "+" if tools.parallel else ""
-        elif tools.parallel:  # free text without a call may follow
-            start += "* /(?s:.*)/"
-        else:
-            start += "? REST"
-            openings = "|".join(escape_slashes(pattern) for pattern in calls)
-            rules.append(f"REST: /(?s:.*)/ & ~/(?s:.*)({openings})(?s:.*)/")
-        return Grammar(({"lark_grammar": "\n".join([start, *rules])}, *entries))
+            rules.append(f"opening_{i}[lazy]: /{text}{escape_slashes(opening)}/")
+        rules.append(f"call_{i}: {begin}@arguments_{i} /{SPACE}{escape_slashes(close)}/")
+        entries.append({"name": f"arguments_{i}", "json_schema": bound_white_space(schema)})
+    start = "start: (" + " | ".join(f"call_{i}" for i in range(len(calls))) + ")"
+    if not free:
+        start += "+" if parallel else ""
+    elif parallel:  # free text without a call may follow
+        start += "* /(?s:.*)/"
+    else:
+        start += "? REST"
+        openings = "|".join(map(escape_slashes, calls))
+        rules.append(f"REST: /(?s:.*)/ & ~/(?s:.*)({openings})(?s:.*)/")
+    return Grammar(({"lark_grammar": "\n".join([start, *rules])}, *entries))
 
 
 def _pattern(field: Mapping[str, Any], end: str) -> str | None:
