@@ -523,6 +523,28 @@ def test_a_disconnect_reaches_the_replica(begun):
     assert pieces[0].cancelled
 
 
+async def tasks_left():
+    """The other tasks of the event loop that do not end by themselves."""
+    for _ in range(100):
+        if len(asyncio.all_tasks()) == 1:
+            break
+        await asyncio.sleep(0.01)
+    return asyncio.all_tasks() - {asyncio.current_task()}
+
+
+@pytest.mark.parametrize("path", [*STREAMS, f"{OLLAMA}chat"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_leaves_no_task(started, path, stream):
+    server = started()
+
+    async def run():
+        body = content(path, stream=stream)
+        assert (await ask_async(server.server.config.app, "POST", path, JSON, [body])).body
+        return await tasks_left()
+
+    assert not asyncio.run(run())
+
+
 @pytest.mark.parametrize("path", [*STREAMS, f"{OLLAMA}chat"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_leaves_no_task(started, path, stream):
@@ -538,11 +560,7 @@ def test_a_client_that_leaves_leaves_no_task(started, path, stream):
             await asyncio.sleep(0.001)
         gone.set()
         await asked
-        for _ in range(100):
-            if len(asyncio.all_tasks()) == 1:
-                break
-            await asyncio.sleep(0.01)
-        return asyncio.all_tasks() - {asyncio.current_task()}
+        return await tasks_left()
 
     with Gate(server.engine):
         assert not asyncio.run(run())

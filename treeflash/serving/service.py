@@ -34,10 +34,9 @@ class Service:
     engine: Engine
     defaults: Options  # decoding options of requests that leave them out
     name: str  # the model's name in responses
-    # The pair stays in memory during the `with` block of its result.
+    # what makes contexts that keep the pair in memory
     hold: Callable[[], AbstractContextManager[None]]
-    # Requests decode and process their images in these places, each in a thread, while answers go
-    # on.
+    # places in which requests decode and process their images, each in a thread
     image_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
     # Grammars are compiled one at a time: requests that waited for that in threads would leave none
     # for the prompts of others.
