@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
+from treeflash.low_bits import LowBitFormat
 from treeflash.testing import require
 
 require("torch")
 pytest.importorskip("llvmlite")
 
+import llvmlite.binding as llvm
 import torch
 import torch.nn.functional as F
+from treeflash_cuda.cpu import layer_code, low_bit_code
 from treeflash_cuda.cpu.ir_builder import GENERIC, ISAS
-from treeflash_cuda.cpu.layer_code import LayerKind
+from treeflash_cuda.cpu.layer_code import WIDE, LayerKind
 from treeflash_cuda.cpu.layer_kernels import LayerKernels, SequencesTable, layer_kernels
-from treeflash_cuda.cpu.machine_code import best_isa
+from treeflash_cuda.cpu.machine_code import best_isa, optimised
 from treeflash_cuda.decoder.operations import capped, gated
 
 HEADS, KV_HEADS, D = 6, 2, 32
@@ -260,6 +265,21 @@ def test_threads_change_no_bit(kernels):
         torch.set_num_threads(threads)
         results.append(found.attend(queries, pass_.bounds, pass_.table, 0, SCALE))
     assert same(results)
+
+
+def test_counters_that_threads_share_are_in_one_line_of_the_cache():
+    """An addition to a counter that crosses two lines would stop all processors."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple("x86_64-pc-linux-gnu").create_target_machine()
+    for text in (
+        layer_code.build(WIDE, WIDE, LayerKind(D), threads=True),
+        low_bit_code.build(GENERIC, LowBitFormat(4, 1, False, "float16"), threads=True),
+    ):
+        assembly = machine.emit_assembly(optimised(text, machine))
+        places = re.findall(r"lock\s+\w+\s.*?(-?\d*)\(%r\w+\)", assembly)
+        assert places
+        assert {int(place or 0) % 8 for place in places} == {0}
 
 
 @pytest.mark.parametrize(

@@ -67,18 +67,27 @@ def _object_code(path: Path, machine: Any, build: Callable[[], str]) -> bytes:
     """Read code from the cache, or compile it."""
     with suppress(OSError):
         return path.read_bytes()
-    module = llvm.parse_assembly(build())
-    module.verify()
-    options = llvm.create_pipeline_tuning_options(speed_level=3)
-    builder = llvm.create_pass_builder(machine, options)
-    builder.getModulePassManager().run(module, builder)
-    code: bytes = machine.emit_object(module)
+    code: bytes = machine.emit_object(optimised(build(), machine))
     with suppress(OSError):  # the next process then compiles it again
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         scratch.write_bytes(code)
         scratch.replace(path)
     return code
+
+
+def optimised(text: str, machine: Any) -> Any:
+    """Return the module that a text describes, as it should run on a machine."""
+    module = llvm.parse_assembly(text)
+    # In a module without a layout, integers of 8 bytes begin at multiples of 4. A counter that
+    # threads share could then cross two lines of the cache: an addition to it would stop all
+    # processors, for 50 microseconds in some virtual machines.
+    module.triple, module.data_layout = machine.triple, str(machine.target_data)
+    module.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    return module
 
 
 @functools.cache
