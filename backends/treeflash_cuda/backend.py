@@ -45,6 +45,7 @@ from treeflash_cuda.drafter import Drafter
 from treeflash_cuda.drafter_loading import Head, Model, load_drafter
 from treeflash_cuda.exact import LINEARS
 from treeflash_cuda.gpu.graphs import GRAPH_ROWS, MAX_ROWS, power_of_two
+from treeflash_cuda.gpu.kernel_loading import examined_shapes, load_operations
 from treeflash_cuda.gpu.parallel import (
     LeaderState,
     LeaderVerifier,
@@ -68,7 +69,7 @@ from treeflash_cuda.memory import (
     table_nbytes,
 )
 from treeflash_cuda.mtp_head import MtpDrafter, MtpModel, ParallelDrafter
-from treeflash_cuda.operations import Operations, examined_shapes, load_operations
+from treeflash_cuda.operations import Operations
 from treeflash_cuda.quantised_weights import BITS
 from treeflash_cuda.state import State
 from treeflash_cuda.target import PASS_NAME, Target

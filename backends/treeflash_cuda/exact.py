@@ -58,6 +58,7 @@ from torch import Tensor, nn
 from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.probe import INEXACT
 from treeflash.errors import UnsupportedModelError
+from treeflash_cuda.gpu.kernel_loading import TOLERANCES, on_its_device
 from treeflash_cuda.linear import (
     LowBitEmbedding,
     LowBitLinear,
@@ -66,7 +67,6 @@ from treeflash_cuda.linear import (
     is_subclass,
     uses_fbgemm,
 )
-from treeflash_cuda.operations import TOLERANCES, on_its_device
 
 HAS_AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == "AVX2"
 """Whether the processor has AVX2 and no AVX-512."""

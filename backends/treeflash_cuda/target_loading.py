@@ -35,6 +35,7 @@ from treeflash_cuda.device import (
     one_of_each_kind,
 )
 from treeflash_cuda.gpu.decoder_target import GpuTarget, decoder_shapes
+from treeflash_cuda.gpu.kernel_loading import load_operations
 from treeflash_cuda.gpu.kernels import CausalAttention, load_flash_attention
 from treeflash_cuda.gpu.parallel import (
     process_count,
@@ -42,7 +43,7 @@ from treeflash_cuda.gpu.parallel import (
     succeeded_everywhere,
 )
 from treeflash_cuda.images import find_processor
-from treeflash_cuda.operations import Operations, Shapes, load_operations
+from treeflash_cuda.operations import Operations, Shapes
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Target, read_model_config, refuse_stateful
 from treeflash_cuda.visible_keys import PAGE

@@ -15,10 +15,10 @@ from treeflash.testing import require
 require("triton")
 
 import torch
-from treeflash_cuda import operations
-from treeflash_cuda.gpu import compilation
+from treeflash_cuda.gpu import compilation, kernel_loading
 from treeflash_cuda.gpu.compilation import compiling_announced, reason_of, toolchain_problems
-from treeflash_cuda.operations import Operations, checked, examined_shapes
+from treeflash_cuda.gpu.kernel_loading import checked, examined_shapes
+from treeflash_cuda.operations import Operations
 from triton import knobs
 
 FAILED = subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c", "-shared"])
@@ -69,10 +69,10 @@ def test_compiling_is_announced_once_and_kept_kernels_are_not(listened, caplog, 
             knobs.compilation.listener(**facts, cache_hit=cache_hit)
         return kernels
 
-    stand_in(monkeypatch, operations, checked=compiles)
+    stand_in(monkeypatch, kernel_loading, checked=compiles)
     before = knobs.compilation.listener
     with caplog.at_level(logging.WARNING):
-        operations.load_operations(examined_shapes(64), torch.device("cpu"), torch.float32)
+        kernel_loading.load_operations(examined_shapes(64), torch.device("cpu"), torch.float32)
     assert [x.getMessage() for x in caplog.records] == [
         "compiling Triton kernels, once on this machine for each kind of model"
     ]

@@ -30,9 +30,10 @@ from treeflash_cuda.backend import load
 from treeflash_cuda.cache import Arena, KVCache
 from treeflash_cuda.drafter_loading import load_drafter_operations
 from treeflash_cuda.gpu.host_copies import HostCopies
+from treeflash_cuda.gpu.kernel_loading import CHECKS
 from treeflash_cuda.hf import attention_contexts
 from treeflash_cuda.memory import FREE_MEMORY_SHARE, MEASURED_TEXTS, TABLE
-from treeflash_cuda.operations import CHECKS, Operations
+from treeflash_cuda.operations import Operations
 from treeflash_cuda.state import State
 from treeflash_cuda.visible_keys import PAGE
 

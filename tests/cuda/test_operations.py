@@ -35,6 +35,7 @@ from treeflash_cuda.cache import dequantise, quantise
 from treeflash_cuda.drafter_loading import pack_drafter
 from treeflash_cuda.drafter_model import Experts
 from treeflash_cuda.gpu import kernels as kernels_module
+from treeflash_cuda.gpu.kernel_loading import load_operations
 from treeflash_cuda.gpu.kernels import causal_attention, seen_floats
 from treeflash_cuda.hf.attention_contexts import is_window
 from treeflash_cuda.linear import (
@@ -47,7 +48,7 @@ from treeflash_cuda.linear import (
     weights_by_format,
 )
 from treeflash_cuda.numerics import largest, topk, upload, upload_all
-from treeflash_cuda.operations import Operations, Shapes, gated, load_operations, tree_attention
+from treeflash_cuda.operations import Operations, Shapes, gated, tree_attention
 from treeflash_cuda.visible_keys import CHUNK, MIN_PLACES, PLACES_EACH, padded_items, plan_work
 
 

@@ -38,7 +38,8 @@ import triton_interpreter  # noqa: F401 - repairs it
 from attention_cases import CASES, Case, alone, attention_case, expected_attention
 from faulty_kernels import faulty
 from treeflash_cuda import operations
-from treeflash_cuda.gpu import triton_kernels
+from treeflash_cuda.gpu import kernel_loading, triton_kernels
+from treeflash_cuda.gpu.kernel_loading import CHECKS, TOLERANCES, RandomInputs, checked
 from treeflash_cuda.gpu.triton_kernels import (
     attention,
     convolution,
@@ -50,15 +51,7 @@ from treeflash_cuda.gpu.triton_kernels import (
     recurrence,
     sampling,
 )
-from treeflash_cuda.operations import (
-    CHECKS,
-    TOLERANCES,
-    Operations,
-    RandomInputs,
-    Shapes,
-    checked,
-    sample_rows,
-)
+from treeflash_cuda.operations import Operations, Shapes, sample_rows
 from treeflash_cuda.quantised_weights import BITS, GROUP, quantise_weight
 from treeflash_cuda.recurrence import TreeNodes, plan_nodes
 
@@ -112,11 +105,11 @@ def test_kernels_are_launched_on_the_device_of_their_inputs(monkeypatch):
         current.pop()
 
     stand_in(monkeypatch, torch.cuda, device_of=device_of)
-    stand_in(monkeypatch, operations, checked=lambda kernels, *_: kernels)
-    found = operations.load_operations(SMALL, CPU, torch.float32)
-    wrapper = operations.on_its_device(lambda x: current == [x])
+    stand_in(monkeypatch, kernel_loading, checked=lambda kernels, *_: kernels)
+    found = kernel_loading.load_operations(SMALL, CPU, torch.float32)
+    wrapper = kernel_loading.on_its_device(lambda x: current == [x])
     assert wrapper(torch.zeros(1))
-    for name in operations.CHECKS:
+    for name in CHECKS:
         assert getattr(found, name).__code__ is wrapper.__code__, name
 
 

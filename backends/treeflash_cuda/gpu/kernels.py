@@ -16,7 +16,8 @@ from torch import Tensor
 
 from treeflash.errors import first_line, is_out_of_memory
 from treeflash_cuda.cache import decoded
-from treeflash_cuda.operations import RandomInputs, Shapes, tree_attention
+from treeflash_cuda.gpu.kernel_loading import RandomInputs
+from treeflash_cuda.operations import Shapes, tree_attention
 from treeflash_cuda.visible_keys import PAGE, RowPlan, VisibleKeys
 
 TOLERANCE = 0.01
