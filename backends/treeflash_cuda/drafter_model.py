@@ -21,7 +21,7 @@ from treeflash.drafters.loading import DrafterTensors
 from treeflash_cuda.experts import routed
 from treeflash_cuda.linear import LowBitLinear, PairLinear, take
 from treeflash_cuda.numerics import largest, top_log_probs
-from treeflash_cuda.operations import PYTORCH, Activation, Operations
+from treeflash_cuda.operations import PYTORCH, Operations
 from treeflash_cuda.target import Target
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class RMSNorm(OnDevice, nn.RMSNorm):
 class MLP(OnDevice):
     """SwiGLU."""
 
-    activation: Activation = "silu"
+    activation = "silu"
 
     def __init__(self, config: DrafterShape) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class MLP(OnDevice):
 class Gemma4MLP(MLP):
     """A gated network with GELU, by its approximation with a hyperbolic tangent."""
 
-    activation = "gelu_tanh"
+    activation = "gelu_pytorch_tanh"
 
 
 class GRU(nn.Module):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,11 @@ memory."""
 KERNEL = "used (Triton)"
 """The verdict on an operation whose kernel is used."""
 
-Activation = Literal["silu", "gelu_tanh"]
+GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""Activations of gates, by transformers' names."""
 
 
 def tree_attention(
@@ -126,10 +131,9 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned.to(x.dtype), x[..., size:]], -1)
 
 
-def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
-    """Return the (..., size) activation(gate) * up, contiguous: SwiGLU, or Gemma's GeGLU."""
-    active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    return active * up
+def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    """Return the (..., size) activation(gate) * up, contiguous; see `GATES`."""
+    return GATES[activation](gate) * up
 
 
 def grouped_linear(

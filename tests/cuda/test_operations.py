@@ -60,7 +60,7 @@ def test_attention_is_the_softmax_over_the_keys_of_each_row(case):
 
 
 @pytest.mark.parametrize(
-    ("name", "function"), [("silu", nn.SiLU()), ("gelu_tanh", nn.GELU(approximate="tanh"))]
+    ("name", "function"), [("silu", nn.SiLU()), ("gelu_pytorch_tanh", nn.GELU(approximate="tanh"))]
 )
 def test_gates(name, function):
     gate, up = torch.randn(2, 3, 5)

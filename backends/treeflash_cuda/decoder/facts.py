@@ -26,7 +26,7 @@ from treeflash_cuda.decoder.families import (
     Factors,
     Norms,
 )
-from treeflash_cuda.decoder.operations import GATES
+from treeflash_cuda.operations import GATES
 
 
 @dataclass(frozen=True, eq=False)

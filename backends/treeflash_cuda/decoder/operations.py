@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol, TypeAlias
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treeflash_cuda.linear import PackedLinear, PlainLinear, can_pack, join
+from treeflash_cuda.operations import GATES
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]
 """The cosines and sines of n rows, in the form that the device's attention reads."""
@@ -119,13 +119,6 @@ def rotate(
         # The halves of a head change places, and the sines' signs do the rest.
         turned = (turned * cos).add_(turned.roll(turned.shape[-1] // 2, -1).mul_(sin))
     return turned
-
-
-GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
-"""Activations of gates, by transformers' names."""
 
 
 def gated(gate_and_up: Tensor, activation: str) -> Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from treeflash_cuda.decoder.operations import GATES
 from treeflash_cuda.numerics import concatenate
+from treeflash_cuda.operations import GATES
 from treeflash_cuda.recurrence import by_heads, convolve_rows, delta_rule, delta_rule_of_tokens
 from treeflash_cuda.recurrent_states import MATRIX, TAIL, SequenceRows, Writes, plan_windows
 

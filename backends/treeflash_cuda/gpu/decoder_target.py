@@ -34,15 +34,13 @@ from treeflash_cuda.gpu.row_pass import RowInputs, RowTarget, path_room, plan_ro
 from treeflash_cuda.gpu.state_arena import StateArena
 from treeflash_cuda.gpu.tree_recurrences import TreeRecurrences
 from treeflash_cuda.numerics import concatenate, upload_all
-from treeflash_cuda.operations import Activation, Operations, Shapes
+from treeflash_cuda.operations import Operations, Shapes
 from treeflash_cuda.recurrent_states import SequenceRows
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Rows, RowsResult
 from treeflash_cuda.visible_keys import PAGE, VisibleKeys
 
-ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""The names of activations of gates in `Operations`, by transformers' names."""
 GROUPED_MM = 8, 0
 """The least compute capability for which PyTorch has a grouped product."""
 
@@ -52,7 +50,7 @@ def decoder_operations(operations: Operations, device: torch.device) -> DecoderO
     is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < GROUPED_MM
 
     def gated(gate_and_up: Tensor, activation: str) -> Tensor:
-        return operations.gated(*gate_and_up.chunk(2, -1), ACTIVATIONS[activation])
+        return operations.gated(*gate_and_up.chunk(2, -1), activation)
 
     def grouped_linear(rows: int) -> GroupedLinear:
         # Long parts of prompts have no graph, and many rows for each expert.

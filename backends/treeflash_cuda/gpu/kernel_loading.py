@@ -235,7 +235,7 @@ def _check_rotation(
 def _check_gate(operations: Operations, numbers: RandomInputs, shapes: Shapes) -> Iterator[Tensor]:
     gate, up = numbers.draw(3, 2 * shapes.hidden_size).chunk(2, 1)
     yield operations.gated(gate, up, "silu")
-    yield operations.gated(gate, up, "gelu_tanh")
+    yield operations.gated(gate, up, "gelu_pytorch_tanh")
 
 
 def _check_experts(

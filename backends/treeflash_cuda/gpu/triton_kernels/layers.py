@@ -251,7 +251,7 @@ def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     _gated[len(gates), triton.cdiv(size, BLOCK)](
         *(gates, ups, result, gates.stride(0), ups.stride(0), size),
         BLOCK=BLOCK,
-        GELU=activation == "gelu_tanh",
+        GELU=activation == "gelu_pytorch_tanh",
         enable_fp_fusion=False,
     )
     return result.view(gate.shape)
