@@ -29,7 +29,7 @@ from treeflash.errors import CheckpointError, UnsupportedModelError, first_line
 from treeflash_cuda.cache import Arena, Span
 from treeflash_cuda.cpu.threads import Threads, cpu_threads
 from treeflash_cuda.gpu.graphs import Graphs
-from treeflash_cuda.gpu.kernels import CausalAttention
+from treeflash_cuda.gpu.prompt_attention import CausalAttention
 from treeflash_cuda.gpu.state_arena import StateArena
 from treeflash_cuda.images import VisionTower
 from treeflash_cuda.linear import LowBitEmbedding, LowBitLinear, token_products

@@ -36,12 +36,12 @@ from treeflash_cuda.device import (
 )
 from treeflash_cuda.gpu.decoder_target import GpuTarget, decoder_shapes
 from treeflash_cuda.gpu.kernel_loading import load_operations
-from treeflash_cuda.gpu.kernels import CausalAttention, load_flash_attention
 from treeflash_cuda.gpu.parallel import (
     process_count,
     reasons_everywhere,
     succeeded_everywhere,
 )
+from treeflash_cuda.gpu.prompt_attention import CausalAttention, load_flash_attention
 from treeflash_cuda.images import find_processor
 from treeflash_cuda.operations import Operations, Shapes
 from treeflash_cuda.state import State

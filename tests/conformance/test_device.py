@@ -222,7 +222,7 @@ def test_metal_kernels_of_recurrent_layers_write_the_text_of_plain_decoding(kern
 def test_no_kernel_falls_back(module, device, dtype, head_dim, kv_bits):
     import torch
     from treeflash_cuda.gpu.kernel_loading import CHECKS, examined_shapes, load_operations
-    from treeflash_cuda.gpu.kernels import load_flash_attention
+    from treeflash_cuda.gpu.prompt_attention import load_flash_attention
 
     shapes = replace(examined_shapes(head_dim), quantised=kv_bits is not None)
     operations = load_operations(shapes, device, getattr(torch, dtype))

@@ -34,7 +34,7 @@ from treeflash_cuda.decoder.weights import Checkpoint, Joined
 from treeflash_cuda.gpu import decoder_target as gpu_target
 from treeflash_cuda.gpu import row_pass
 from treeflash_cuda.gpu.decoder_target import GpuTarget
-from treeflash_cuda.gpu.kernels import causal_attention
+from treeflash_cuda.gpu.prompt_attention import causal_attention
 from treeflash_cuda.hf.model_target import ModelTarget
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.target import read_model_config

@@ -34,9 +34,9 @@ from treeflash_cuda.backend import load
 from treeflash_cuda.cache import dequantise, quantise
 from treeflash_cuda.drafter_loading import pack_drafter
 from treeflash_cuda.drafter_model import Experts
-from treeflash_cuda.gpu import kernels as kernels_module
+from treeflash_cuda.gpu import prompt_attention
 from treeflash_cuda.gpu.kernel_loading import load_operations
-from treeflash_cuda.gpu.kernels import causal_attention, seen_floats
+from treeflash_cuda.gpu.prompt_attention import causal_attention, seen_floats
 from treeflash_cuda.hf.attention_contexts import is_window
 from treeflash_cuda.linear import (
     PackedLinear,
@@ -303,11 +303,11 @@ def test_keys_in_8_bits_are_attended_to_as_floats_are(window, rows):
 def test_kernels_that_round_pass_and_wrong_ones_do_not(attend, shape, dtype):
     heads, kv_heads, head_dim = shape
     shapes = Shapes(heads=heads, kv_heads=kv_heads, head_dim=head_dim, hidden_size=32)
-    difference = kernels_module.attention_difference(attend, torch.device("cpu"), dtype, shapes)
+    difference = prompt_attention.attention_difference(attend, torch.device("cpu"), dtype, shapes)
     if attend is rounding:
-        assert difference < kernels_module.TOLERANCE / 3
+        assert difference < prompt_attention.TOLERANCE / 3
     else:
-        assert difference > kernels_module.TOLERANCE
+        assert difference > prompt_attention.TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -315,16 +315,16 @@ def test_kernels_that_round_pass_and_wrong_ones_do_not(attend, shape, dtype):
     [(rounding, ""), (no_window, "differ by"), (lambda *_: 1 / 0, "division by zero")],
 )
 def test_kernels_are_checked_before_they_are_used(monkeypatch, attend, reason):
-    difference = kernels_module.attention_difference
+    difference = prompt_attention.attention_difference
     stand_in(monkeypatch, torch.cuda, get_device_capability=lambda device: (9, 0))
     stand_in(
         monkeypatch,
-        kernels_module,
+        prompt_attention,
         flash_attention=attend,
         attention_difference=lambda x, _, *shape: difference(x, torch.device("cpu"), *shape),
     )
     shapes = Shapes(heads=4, kv_heads=2, head_dim=8, hidden_size=32)
-    found, why = kernels_module.load_flash_attention(torch.device("cuda"), torch.bfloat16, shapes)
+    found, why = prompt_attention.load_flash_attention(torch.device("cuda"), torch.bfloat16, shapes)
     assert (found is None) == bool(reason)
     assert reason in why
 

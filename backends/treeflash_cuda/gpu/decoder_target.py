@@ -29,7 +29,7 @@ from treeflash_cuda.decoder.target import DecoderTarget, read_decoder
 from treeflash_cuda.decoder.weights import Checkpoint
 from treeflash_cuda.exact import check_products, use_kernel_for_products
 from treeflash_cuda.gpu.graphs import MAX_ROWS
-from treeflash_cuda.gpu.kernels import CausalAttention
+from treeflash_cuda.gpu.prompt_attention import CausalAttention
 from treeflash_cuda.gpu.row_pass import RowInputs, RowTarget, path_room, plan_rows, rows_of, slab_of
 from treeflash_cuda.gpu.state_arena import StateArena
 from treeflash_cuda.gpu.tree_recurrences import TreeRecurrences

@@ -59,7 +59,7 @@ from treeflash_cuda.attention import (
     grouped_attention,
 )
 from treeflash_cuda.cache import decoded
-from treeflash_cuda.gpu.kernels import CausalAttention
+from treeflash_cuda.gpu.prompt_attention import CausalAttention
 from treeflash_cuda.hf.model_caches import SlabCache, TreeCache
 from treeflash_cuda.numerics import concatenate
 from treeflash_cuda.operations import Operations
