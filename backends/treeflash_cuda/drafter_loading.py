@@ -21,7 +21,8 @@ from treeflash.drafters.mtp_heads import refuse_missing_targets, refuse_window
 from treeflash_cuda.drafter import OutputStage
 from treeflash_cuda.drafter_model import DrafterModel, OnDevice, filled, load_model
 from treeflash_cuda.heads import HEAD_CLASSES, TABLE_HEADS, TableHead
-from treeflash_cuda.linear import NATIVE, LowBitLinear, pack_linears, quantising, rounding
+from treeflash_cuda.linear import NATIVE, pack_linears, quantising, rounding
+from treeflash_cuda.low_bit_linear import LowBitLinear
 from treeflash_cuda.mtp_head import MtpHead, MtpModel
 from treeflash_cuda.operations import PYTORCH, Operations, Shapes
 from treeflash_cuda.target import Target

@@ -19,7 +19,8 @@ from treeflash.drafters.heads.operations import Operations as ArrayOperations
 from treeflash.drafters.layers import BlockModel, by_head
 from treeflash.drafters.loading import DrafterTensors
 from treeflash_cuda.experts import routed
-from treeflash_cuda.linear import LowBitLinear, PairLinear, take
+from treeflash_cuda.linear import PairLinear, take
+from treeflash_cuda.low_bit_linear import LowBitLinear
 from treeflash_cuda.numerics import largest, top_log_probs
 from treeflash_cuda.operations import PYTORCH, Operations
 from treeflash_cuda.target import Target

@@ -59,14 +59,8 @@ from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.probe import INEXACT
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.gpu.kernel_loading import TOLERANCES, on_its_device
-from treeflash_cuda.linear import (
-    LowBitEmbedding,
-    LowBitLinear,
-    PackedLinear,
-    PlainLinear,
-    is_subclass,
-    uses_fbgemm,
-)
+from treeflash_cuda.linear import PackedLinear, PlainLinear, is_subclass, uses_fbgemm
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 
 HAS_AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == "AVX2"
 """Whether the processor has AVX2 and no AVX-512."""

@@ -32,7 +32,8 @@ from treeflash_cuda.gpu.graphs import Graphs
 from treeflash_cuda.gpu.prompt_attention import CausalAttention
 from treeflash_cuda.gpu.state_arena import StateArena
 from treeflash_cuda.images import VisionTower
-from treeflash_cuda.linear import LowBitEmbedding, LowBitLinear, token_products
+from treeflash_cuda.linear import token_products
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.recurrent_states import RecurrentStates
 from treeflash_cuda.sampling import Logits

@@ -54,7 +54,8 @@ from treeflash_cuda.cpu.low_bit_kernels import Kernel
 from treeflash_cuda.cpu.low_bit_loading import keeps_bits
 from treeflash_cuda.decoder import plain_config
 from treeflash_cuda.hf.model_target import ModelTarget
-from treeflash_cuda.linear import LowBitEmbedding, LowBitLinear, PackedLinear
+from treeflash_cuda.linear import PackedLinear
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.target import read_model_config
 from treeflash_cuda.target_loading import bits_refusal, own_layers
 

@@ -33,7 +33,7 @@ from treeflash_cuda.cpu.layer_kernels import LayerKernels, SequencesTable
 from treeflash_cuda.cpu.low_bit_code import ARGUMENTS
 from treeflash_cuda.cpu.low_bit_kernels import SCRATCH, Operands, kernel
 from treeflash_cuda.decoder.operations import Rotation
-from treeflash_cuda.linear import LowBitLinear
+from treeflash_cuda.low_bit_linear import LowBitLinear
 
 PRODUCT = "product"
 ALIGNMENT = 64

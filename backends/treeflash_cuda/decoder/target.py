@@ -19,7 +19,7 @@ from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.model import Decoder
 from treeflash_cuda.decoder.operations import DecoderOperations
 from treeflash_cuda.decoder.weights import Checkpoint, DecoderWeights
-from treeflash_cuda.linear import LowBitEmbedding
+from treeflash_cuda.low_bit_linear import LowBitEmbedding
 from treeflash_cuda.recurrent_states import MATRIX, TAIL, Key, RecurrentStates
 from treeflash_cuda.target import Target
 

@@ -25,7 +25,7 @@ from treeflash.low_bits import join as join_weights
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.families import NETWORK, QKV
 from treeflash_cuda.decoder.operations import DecoderOperations
-from treeflash_cuda.linear import LowBitEmbedding, LowBitLinear
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 
 OUTPUT_HEAD = "lm_head"
 PLACES = "model", "model.language_model"

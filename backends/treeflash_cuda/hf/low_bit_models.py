@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from treeflash.low_bits import METHOD, StoredWeight
 from treeflash_cuda.decoder.weights import Checkpoint
-from treeflash_cuda.linear import LowBitEmbedding, LowBitLinear
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 
 
 @register_quantization_config(METHOD)

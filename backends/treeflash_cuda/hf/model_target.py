@@ -75,7 +75,8 @@ from treeflash_cuda.hf.hybrid import (
 from treeflash_cuda.hf.low_bit_models import LowBitConfig
 from treeflash_cuda.hf.model_pass import ModelPasses
 from treeflash_cuda.images import VisionTower, has_tower, run_samples
-from treeflash_cuda.linear import LowBitEmbedding, LowBitLinear, is_subclass, pack_linears, rounding
+from treeflash_cuda.linear import is_subclass, pack_linears, rounding
+from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.recurrent_states import RecurrentStates
 from treeflash_cuda.state import State
 from treeflash_cuda.target import (

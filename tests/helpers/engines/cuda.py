@@ -5,7 +5,7 @@ from families import cuda as families  # noqa: F401 - a part of the engine
 from transformers import AutoModelForCausalLM
 from treeflash_cuda import backend, images  # noqa: F401 - a part of the engine
 from treeflash_cuda.decoder.model import AttentionMixer
-from treeflash_cuda.linear import LowBitLinear
+from treeflash_cuda.low_bit_linear import LowBitLinear
 from treeflash_cuda.target_loading import load_target
 from treeflash_cuda.training.data import FeatureStore
 
