@@ -105,6 +105,20 @@ def token_ids(tokens: DraftTree | Sequence[int]) -> NDArray[np.int32]:
     return tokens.tokens if isinstance(tokens, DraftTree) else np.asarray(tokens, np.int32)
 
 
+def logit_counts(rows: Sequence[Rows], needs_logits: Sequence[bool]) -> list[int]:
+    """Return how many of its last rows need logits, by sequence: a whole tree, or one token."""
+    return [
+        (len(tokens) if isinstance(tokens, DraftTree) else 1) if is_needed else 0
+        for (_, tokens), is_needed in zip(rows, needs_logits, strict=True)
+    ]
+
+
+def last_rows(sizes: Sequence[int], counts: Sequence[int]) -> NDArray[np.int64]:
+    """Return the last rows of sequences, `counts` of each, where all rows follow one another."""
+    pairs = zip(np.cumsum(sizes), counts, strict=True)
+    return np.concatenate([np.arange(end - n, end) for end, n in pairs])
+
+
 def read_model_config(folder: Path) -> PreTrainedConfig:
     """Read the configuration of a folder, as transformers reads it.
 

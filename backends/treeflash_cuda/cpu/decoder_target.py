@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from treeflash.config import LoadConfig
@@ -32,7 +31,7 @@ from treeflash_cuda.linear import Packing, join, rounding
 from treeflash_cuda.numerics import concatenate
 from treeflash_cuda.recurrent_states import SequenceRows
 from treeflash_cuda.sampling import Logits
-from treeflash_cuda.target import Rows, RowsResult
+from treeflash_cuda.target import Rows, RowsResult, last_rows, logit_counts, token_ids
 
 if TYPE_CHECKING:
     from treeflash_cuda.cpu.layer_calls import LayerCalls
@@ -113,14 +112,9 @@ class CpuTarget(DecoderTarget):
     def run_rows(self, rows: Sequence[Rows], needs_logits: Sequence[bool]) -> RowsResult:
         blocks: list[CacheBlock] = []
         parts: list[SequenceRows] = []  # for recurrent layers
-        ids: list[NDArray[np.int64]] = []
-        kept: list[int] = []  # rows that need logits
-        counts: list[int] = []  # their numbers, by sequence
         firsts: list[int] = []  # first row of each sequence
         count = 0
-        is_lone = len(rows) == 1 and len(rows[0][1]) == 1
-        repeats = self.token_rows if is_lone else 1
-        for (state, tokens), is_needed in zip(rows, needs_logits, strict=True):
+        for state, tokens in rows:
             tree = tokens if isinstance(tokens, DraftTree) else None
             ancestors = None if tree is None else torch.from_numpy(tree.ancestor_mask())
             positions = torch.from_numpy(state.rotary_positions(tokens).copy())
@@ -128,26 +122,24 @@ class CpuTarget(DecoderTarget):
             if state.recurrent is not None:
                 n = len(positions)
                 parts.append(SequenceRows(state.recurrent, count, n, tree, ancestors))
-            ids.append(np.asarray(tokens if tree is None else tree.tokens, np.int64))
             firsts.append(count)
             count += len(positions)
-            counts.append((1 if tree is None else len(tree)) * is_needed)
-            kept += range(count - counts[-1], count)
-        token_ids = torch.from_numpy(np.concatenate(ids))
+        ids = np.concatenate([token_ids(tokens) for _, tokens in rows], dtype=np.int64)
         places = concatenate([block.positions for block in blocks])
-        if repeats > 1:
-            token_ids, places = (x.repeat(repeats) for x in (token_ids, places))
+        repeats = self.token_rows if count == 1 else 1
+        inputs = [x.repeat(repeats) if repeats > 1 else x for x in (torch.from_numpy(ids), places)]
         attention = self.attention(self.facts, blocks)
-        run = self.calls.run if self.calls and len(token_ids) <= self.unsplit_rows else None
+        run = self.calls.run if self.calls and count * repeats <= self.unsplit_rows else None
         recurrences = SequenceRecurrences(parts) if parts else None
-        made = token_ids, places, attention, self.captured, run, recurrences
-        hidden, outputs = self.model(*made)
-        if not kept:
+        hidden, outputs = self.model(*inputs, attention, self.captured, run, recurrences)
+        counts = logit_counts(rows, needs_logits)
+        kept = last_rows([len(block) for block in blocks], counts)
+        if not len(kept):
             logits = hidden.new_empty(0, self.vocab_size)
         elif len(kept) == count:
             logits = self.model.logits(hidden, count)
         else:
-            logits = self.model.logits(hidden[torch.tensor(kept)])
+            logits = self.model.logits(hidden[torch.from_numpy(kept)])
         written = [part.writes for part in parts]
         found = Logits.split(logits, counts)
         return RowsResult.of_pass(found, rows, outputs, firsts, written=written)

@@ -26,7 +26,7 @@ from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.recurrence import TreeNodes, plan_nodes
 from treeflash_cuda.sampling import Logits, finite_argmax
 from treeflash_cuda.state import State
-from treeflash_cuda.target import PASS_NAME, Rows, RowsResult, Target, token_ids
+from treeflash_cuda.target import PASS_NAME, Rows, RowsResult, Target, logit_counts, token_ids
 from treeflash_cuda.visible_keys import PAGE, RowPlan, VisibleKeys
 
 MAX_CHUNK = 256
@@ -130,10 +130,10 @@ class RowTarget(Target):
             trees = (power_of_two(trees[0]), power_of_two(trees[1])) if captured else trees
             order, stride = _rectangle(sizes, *trees), trees[1]
         plan = plan_rows(rows, tables, self.groups, stride)
-        ids = [x.tokens if isinstance(x, DraftTree) else x for _, x in rows]
         placed = plan.arranged(order, path_room(plan, len(order)))
         rotary = np.concatenate([state.rotary_positions(x) for state, x in rows])
-        arrays = [np.concatenate(ids)[order], rotary[order]]
+        ids = np.concatenate([token_ids(x) for _, x in rows])
+        arrays = [ids[order], rotary[order]]
         arrays += [np.concatenate(slots)[order], *placed.arrays()]
         slab, addresses = slab_of(rows[0][0]), 0
         if arena is not None:
@@ -157,11 +157,8 @@ class RowTarget(Target):
             writes = TreeWrites(arena, operations, trees[1], before, outputs[len(layers) :])
             written = [WrittenTree(writes, i) for i in range(len(rows))]
         parts, firsts = [], plan.starts.tolist()
-        for (_, x), start, is_needed in zip(rows, firsts, needs_logits, strict=True):
-            end = start + len(x)
-            if not isinstance(x, DraftTree):
-                start = end - is_needed
-            parts.append(slice(start, end))
+        for first, size, n in zip(firsts, sizes, logit_counts(rows, needs_logits), strict=True):
+            parts.append(slice(first + size - n, first + size))
         whole = None
         if arena is None and sum(part.stop - part.start for part in parts) == count:
             whole = logits[:count]

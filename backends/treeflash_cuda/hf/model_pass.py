@@ -30,7 +30,7 @@ from treeflash_cuda.numerics import upload_all
 from treeflash_cuda.recurrent_states import SequenceRows
 from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
-from treeflash_cuda.target import Rows, RowsResult
+from treeflash_cuda.target import Rows, RowsResult, last_rows, logit_counts
 
 
 class ModelPasses(RowTarget):
@@ -78,14 +78,8 @@ class ModelPasses(RowTarget):
                 arrays += [tokens.tokens, tokens.positions(state.length), tokens.ancestor_mask()]
             else:
                 arrays += [np.array(tokens), state.length + np.arange(len(tokens))]
-        counts = [
-            (size if isinstance(tokens, DraftTree) else 1) if needed else 0
-            for (_, tokens), size, needed in zip(rows, sizes, needs_logits, strict=True)
-        ]
-        ends = np.cumsum(sizes)
-        rows_to_keep = np.concatenate(
-            [np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]
-        )
+        counts, ends = logit_counts(rows, needs_logits), np.cumsum(sizes)
+        rows_to_keep = last_rows(sizes, counts)
         if turned := any(state.positions.shift or state.images for state, _ in rows):
             each = [state.rotary_positions(tokens) for state, tokens in rows]
             arrays.insert(0, np.concatenate(each, -1))
