@@ -35,7 +35,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from treeflash_cuda.attention import grouped_attention
 from treeflash_cuda.backend import load
 from treeflash_cuda.cache import SCALE_BYTES
-from treeflash_cuda.gpu import kernels
+from treeflash_cuda.gpu import prompt_attention
 from treeflash_cuda.gpu.row_pass import MAX_CHUNK
 
 pytestmark = [
@@ -233,7 +233,8 @@ def test_layers_on_two_devices(cuda, folders, family, dtype, bits):
 @pytest.mark.parametrize(("family", "dtype"), each_value(["qwen3", "mistral"], DTYPES))
 def test_nothing_builds_a_plan_for_each_length(cuda, folders, monkeypatch, family, dtype):
     """As cuDNN does, which `scaled_dot_product_attention` prefers on some GPUs."""
-    stand_in(monkeypatch, kernels, flash_attention=lambda *_: 1 / 0)  # prompts do without it
+    # Prompts do without it.
+    stand_in(monkeypatch, prompt_attention, flash_attention=lambda *_: 1 / 0)
     stand_in(monkeypatch, F, scaled_dot_product_attention=lambda *_, **__: 1 / 0)
     slow = pytest.warns(UserWarning, match="^prompts will be slow: division by zero$")
     with nullcontext() if dtype == "float32" else slow:

@@ -187,7 +187,7 @@ LOADED = {
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(("shapes", "dtype"), all_in_float32(LOADED))
 def test_all_kernels_pass_the_check_at_load(shapes, dtype, monkeypatch):
-    stand_in(monkeypatch, operations, SAMPLES=3)
+    stand_in(monkeypatch, kernel_loading, SAMPLES=3)
     found = checked(KERNELS, shapes, CPU, dtype)
     names = [] if shapes.experts else ["grouped_linear"]
     names += [] if shapes.draft_bits else ["quantised_linear"]
@@ -507,7 +507,7 @@ FAULTS = {
 )
 def test_a_faulty_kernel_falls_back(module, fault, tmp_path, monkeypatch):
     """Alone, unless two operations have the faulty text."""
-    stand_in(monkeypatch, operations, SAMPLES=3)
+    stand_in(monkeypatch, kernel_loading, SAMPLES=3)
     broken = faulty(module, tmp_path, *FAULTS[module][fault])
     kernels = {name: getattr(broken, name) for name in CHECKS if hasattr(broken, name)}
     shapes = SHAPES.get(module, SMALL)
