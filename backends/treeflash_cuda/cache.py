@@ -165,15 +165,6 @@ class Slab:
             part += 1
         return self.parts[part][n]
 
-    def gather(self, columns: Tensor) -> list[Tensor]:
-        """Copy n columns of every part, (layers, 2, kv_heads, n, head_dim) each."""
-        return [x.index_select(3, columns.to(x.device)) for x in self.parts]
-
-    def write(self, columns: Tensor, copies: Sequence[Tensor]) -> None:
-        """Write what `gather` copied to n columns."""
-        for part, copy in zip(self.parts, copies, strict=True):
-            part.index_copy_(3, columns.to(part.device), copy)
-
     def write_layer(self, columns: Tensor, k: Tensor, v: Tensor, layer: int = 0) -> None:
         """Write (1, kv_heads, n, width) stored keys and values to n columns of a layer."""
         for storage, new in zip(self.layer(layer), (k, v), strict=True):
@@ -189,13 +180,22 @@ class Slab:
         return list(zip(views[::2], views[1::2], strict=True))
 
     def read(self, columns: Index) -> list[Tensor]:
-        """Return n columns of every part: views for a slice."""
-        return [x[:, :, :, on_device(columns, x)] for x in self.parts]
+        """Return (layers, 2, kv_heads, n, head_dim) columns of every part: views for a slice."""
+        if isinstance(columns, slice):
+            return [x[:, :, :, columns] for x in self.parts]
+        return [x.index_select(3, columns.to(x.device)) for x in self.parts]
+
+    def write(self, columns: Index, parts: Sequence[Tensor]) -> None:
+        """Write what `read` returned to other columns."""
+        for storage, part in zip(self.parts, parts, strict=True):
+            if isinstance(columns, slice):
+                storage[:, :, :, columns] = part
+            else:
+                storage.index_copy_(3, columns.to(storage.device), part.to(storage.device))
 
     def copy(self, target: Index, other: Slab, source: Index) -> None:
         """Copy columns of a slab, perhaps this one."""
-        for storage, part in zip(self.parts, other.read(source), strict=True):
-            storage[:, :, :, on_device(target, storage)] = part
+        self.write(target, other.read(source))
 
     @property
     def is_free(self) -> bool:
@@ -265,11 +265,6 @@ class Slab:
         for page in self._spared(pages):
             held += len(self.spares[page]) / self.owners[page]
         return round(held * self.page * (self.nbytes // self.columns))
-
-
-def on_device(columns: Index, x: Tensor) -> Index:
-    """Return columns on the device of a tensor."""
-    return columns if isinstance(columns, slice) else columns.to(x.device)
 
 
 class Arena:
@@ -608,9 +603,7 @@ class KVCache:
         if not parts:  # a model without attention layers has none
             return
         end = first + parts[0].shape[3]
-        slab, index = self.reserve_rows(first, end), self.index(first, end)
-        for storage, part in zip(slab.parts, parts, strict=True):
-            storage[:, :, :, on_device(index, storage)] = part.to(storage.device)
+        self.reserve_rows(first, end).write(self.index(first, end), parts)
 
     def truncate(self, length: int) -> None:
         if length < self.length:
@@ -640,14 +633,14 @@ class SeenColumns:
     def __init__(self, sequence: KVCache, end: int) -> None:
         assert sequence.slab is not None
         self.slab, self.index = sequence.slab, sequence.index(0, end)
-        self._views = self.slab.views(self.index) if isinstance(self.index, slice) else None
+        self._views = self.slab.views(self.index) if isinstance(self.index, slice) else []
 
     def layer(self, n: int) -> tuple[Tensor, Tensor]:
         """Return (1, kv_heads, end, width) keys and values of a layer."""
-        if self._views is not None:
+        if isinstance(self.index, slice):
             return self._views[n]
         storage = self.slab.layer(n)
-        k, v = storage[:, None, :, on_device(self.index, storage)]
+        k, v = storage.index_select(2, self.index.to(storage.device))[:, None]
         return k, v
 
 

@@ -170,7 +170,7 @@ class Verifier:
         has_kernel = operations is not None and operations.has_kernel("move_columns")
         if operations is not None and has_kernel and len(slab.parts) == 1:
             return functools.partial(operations.move_columns, slab.storage, sources, targets, ends)
-        return functools.partial(slab.write, targets.long(), slab.gather(sources))
+        return functools.partial(slab.write, targets.long(), slab.read(sources))
 
     def _features(self, paths: Sequence[Path]) -> Iterator[CommitStep]:
         """Yield a step for each pass whose outputs become features, or wait for the next draft."""
