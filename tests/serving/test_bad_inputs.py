@@ -21,7 +21,7 @@ from bodies import (
 from recordings import recording
 from servers import check_error
 
-from treeflash.serving import application
+from treeflash.serving import errors
 from treeflash.serving.schemas import MAX_FAULTS, MAX_ITEMS, Function, allowed_tools
 from treeflash.serving.service import Service
 
@@ -443,10 +443,10 @@ FAULTY = {
 
 @pytest.mark.parametrize("name", FAULTY)
 def test_few_faults_are_described(server, name):
-    with recording(application, "field_error") as described:
+    with recording(errors, "field_error") as described:
         assert server.post(*FAULTY[name]).status_code == 400
-    errors, _ = described[0]
-    assert len(errors) <= MAX_FAULTS
+    faults, _ = described[0]
+    assert len(faults) <= MAX_FAULTS
 
 
 def test_entries_are_named_if_they_are_few(server):
@@ -487,6 +487,6 @@ def test_names_of_tools_are_not_compared_each_with_each(counting):
 
 def test_the_name_of_a_type_is_not_looked_for_among_the_items(counting):
     error = {"type": "missing", "loc": ("body", "input", counting("list"), 0, "role")}
-    path = application.field_path(error, {"input": [{}] * 1000})
+    path = errors.field_path(error, {"input": [{}] * 1000})
     assert path == ["input", "0", "role"]
     assert counting.compared < 10

@@ -1,36 +1,30 @@
-"""The application: its endpoints, middleware and errors, and the server that runs it."""
+"""The application: its endpoints and middleware, and the server that runs it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-import reprlib
 import signal
 import socket
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from http import HTTPStatus
 from types import FrameType
 from typing import Any, NoReturn
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
-from starlette.exceptions import HTTPException
 
 from treeflash.cli.console import EXIT_DEVICE_LOST, EXIT_SIGNAL
-from treeflash.errors import ConfigError, TreeflashError
+from treeflash.errors import ConfigError
 from treeflash.interruption import say_interrupted
 from treeflash.serving import anthropic, chat, completions, ollama, page, responses
 from treeflash.serving.authentication import add_guard
 from treeflash.serving.connections import Protocol, allow_many_files
-from treeflash.serving.errors import APIError, api_error, bad_request, shutting_down
+from treeflash.serving.errors import add_handlers, bad_request, shutting_down
 from treeflash.serving.metrics import metrics_text
 from treeflash.serving.models import ModelPool, ModelSpec, ServedModel
 from treeflash.serving.schemas import (
@@ -57,8 +51,7 @@ def application(pool: ModelPool) -> FastAPI:
     add_routes(app, pool)
     page.add_routes(app)
     add_guard(app, pool.settings, takes_images=any(x.facts.takes_images for x in pool.models))
-    for kind in (HTTPException, RequestValidationError, APIError, TreeflashError, Exception):
-        app.add_exception_handler(kind, _error)
+    add_handlers(app)
     return app
 
 
@@ -146,119 +139,6 @@ def add_routes(app: FastAPI, pool: ModelPool) -> None:
     def metrics() -> Response:
         text = metrics_text({model.name: model.metrics for model in pool.models})
         return Response(text, media_type=CONTENT_TYPE_LATEST)
-
-
-NOT_SERVED = {
-    **dict.fromkeys(
-        ("/v1/embeddings", "/api/embed", "/api/embeddings", "/v1/rerank", "/v1/score"),
-        "this server generates text; embeddings and scores need a server with an embedding model",
-    ),
-    **dict.fromkeys(
-        ("/infill", "/v1/fim/completions"),
-        "to fill a gap, send the text after it as suffix to /v1/completions",
-    ),
-    **dict.fromkeys(
-        ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs"),
-        "this server has the models that it was started with, and changes none",
-    ),
-}
-"""Paths of the APIs that this server does not have, and what it says there and below them."""
-INSTEAD = {
-    **dict.fromkeys(
-        ("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-        "use structured_outputs",
-    ),
-    "functions": "use tools",
-    "function_call": "use tool_choice",
-}
-"""What to do instead of using a field that this server does not have; without an entry, remove it.
-vLLM and OpenAI replaced most of these by others."""
-
-
-async def _error(http: Request, error: Exception) -> JSONResponse:
-    path = http.url.path
-    if isinstance(error, HTTPException):  # no such path or method, or the body cannot be read
-        reason = _not_served(path) if error.status_code == HTTPStatus.NOT_FOUND else None
-        message = _unreadable_body(http, error.__cause__)
-        message = message or f"{http.method} {path}: {reason or error.detail}"
-        error = APIError(error.status_code, message, headers=error.headers)
-    elif isinstance(error, RequestValidationError):
-        error = field_error(error.errors(), error.body)
-    return api_error(error).response(path)
-
-
-def _not_served(path: str) -> str | None:
-    """Return why a path of another API is not here; None for other paths."""
-    reasons = (x for start, x in NOT_SERVED.items() if f"{path}/".startswith(f"{start}/"))
-    return next(reasons, None)
-
-
-def _unreadable_body(http: Request, cause: BaseException | None) -> str | None:
-    """Return why a body cannot be read, by the error of reading it; None if it could be read."""
-    if isinstance(cause, UnicodeDecodeError):
-        if http.headers.get("content-encoding", "identity") != "identity":
-            return "the body is compressed, which is not supported; send plain JSON"
-        return "the body is not UTF-8 text; send JSON in UTF-8"
-    if isinstance(cause, RecursionError):
-        return "the body is nested too deep"
-    if isinstance(cause, ValueError):
-        return f"a number of the body has more than {sys.get_int_max_str_digits()} digits"
-    return None
-
-
-WRONG_TYPE = ("_type", "_parsing", "literal_error", "union_tag_invalid", "union_tag_not_found")
-"""Ends of the names of pydantic's errors for a value of another type."""
-
-
-def field_error(errors: Sequence[dict[str, Any]], body: Any) -> APIError:
-    """Name the field of the body that is wrong.
-
-    A field that allows several types has an error for each of them. The type is meant that fits
-    the value deepest; if the value has none of the types, the message names all of them.
-    """
-    paths = [field_path(error, body) for error in errors]
-    path = max(paths, key=len)
-    same = [error for error, other in zip(errors, paths, strict=True) if other == path]
-    fitting = [error for error in same if not error["type"].endswith(WRONG_TYPE)]
-    error = (fitting or same)[0]
-    if error["type"] == "json_invalid":
-        reason, position = error.get("ctx", {}).get("error", ""), error["loc"][-1]
-        return bad_request(f"the body is not JSON: {reason} at character {position}", None)
-    if not path and error["type"] == "missing":
-        return bad_request("the body is empty; send a JSON object", None)
-    if not path:
-        return bad_request(f"the body is not a valid request: {error['msg']}", None)
-    param = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        advice = INSTEAD.get(param, "remove it")
-        return bad_request(f"{param} is not supported by this server; {advice}", param)
-    reasons = [error["msg"]] if fitting else [error["msg"] for error in same]
-    value = error.get("input")
-    got = f" (got {reprlib.repr(value)})" if isinstance(value, str | int | float) else ""
-    return bad_request(f"{param}: {' or '.join(dict.fromkeys(reasons))}{got}", param)
-
-
-def field_path(error: Mapping[str, Any], body: Any) -> list[str]:
-    """Return the names and indices of a field, without the types that pydantic adds to them."""
-    _, *location = error["loc"]
-    missing = [str(location.pop())] if error["type"] == "missing" and location else []
-    return _path_within(body, location) + missing
-
-
-def _path_within(value: Any, location: Sequence[str | int]) -> list[str]:
-    """Return the parts of a location that lead into the value.
-
-    Some types have the names of fields, such as `text`. The longest way into the value is right.
-    """
-    if not location:
-        return []
-    part, *others = location
-    path = _path_within(value, others)  # if the part is a type
-    # A range compares a text with each of its numbers.
-    is_index = isinstance(value, list) and isinstance(part, int) and part in range(len(value))
-    if is_index or (isinstance(value, dict) and part in value):
-        path = max(path, [str(part), *_path_within(value[part], others)], key=len)
-    return path
 
 
 class Server(uvicorn.Server):
