@@ -213,14 +213,12 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         template_args: Mapping[str, Any] | None = None,
-        *,
-        continues: bool = False,
     ) -> list[int]:
         """Return the ids of a conversation up to the start of the assistant's next response.
 
         See `render` for the arguments and errors.
         """
-        return self._ids(self.render(messages, template_args, continues=continues))
+        return self._ids(self.render(messages, template_args))
 
     def render(
         self,
