@@ -177,7 +177,7 @@ class CudaBackend(BaseBackend):
         found = {"a pass reads": weights_by_format([self.target.model])}
         if (model := self.drafter_model) is not None:
             own, modules = model.own, [model, getattr(self.head, "module", nn.Module())]
-            skipped = [own.embeddings]
+            skipped = [own.embed_tokens]
             if own.quantised_lm_head is not None:
                 skipped.append(own.lm_head)
             elif own.lm_head is None:

@@ -42,7 +42,7 @@ class OutputStage(output_stage.OutputStage):
     ops = OPERATIONS
 
     def embed(self, tokens: Tensor) -> Tensor:
-        table = self.own.embeddings
+        table = self.own.embed_tokens
         return self.target.embed(tokens) if table is None else F.embedding(tokens, table)
 
     def head_logits(self, normed: Tensor, tokens: Tensor | None) -> Tensor:

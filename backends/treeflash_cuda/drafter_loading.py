@@ -43,7 +43,7 @@ def load_drafter(folder: Path, target: Target, config: LoadConfig) -> tuple[Mode
         if target.tower is not None:
             captured.add(-1)  # embeddings that have features of images; see `Verifier.forward`
     target.capture(sorted(captured))
-    bits = choose_draft_bits(config.draft_bits, target)
+    bits = choose_bits(config.draft_bits, target)
     model.operations = load_drafter_operations(model.config, target, bits)
     pack_drafter(model, head, target, bits)
     return model, head
@@ -81,7 +81,7 @@ def dequantise(path: Path, weights: Mapping[str, StoredTensor]) -> dict[str, Ten
     return {name: torch.from_numpy(x) for name, x in read_quantised(path, weights).items()}
 
 
-def choose_draft_bits(asked: int | None, target: Target) -> int | None:
+def choose_bits(asked: int | None, target: Target) -> int | None:
     """Return the bits that a drafter's weights are rounded to; None keeps them as they are.
 
     By default they are rounded where a target's weights have few bits on a CPU: reading the

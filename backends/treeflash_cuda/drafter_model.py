@@ -277,13 +277,13 @@ class Rotary(Float32Module):
 class OwnVocabulary(nn.Module):
     """The tensors that a drafter has instead of the target's; None for each that it shares."""
 
-    embeddings: Tensor | None  # (vocab, hidden_size)
+    embed_tokens: Tensor | None  # (vocab, hidden_size)
     lm_head: Tensor | None  # (Vd, hidden_size)
     token_ids: Tensor | None  # (Vd,) the target's ids of the tokens that the drafter can propose
 
     def __init__(self, **tensors: Tensor | None) -> None:
         super().__init__()
-        for name in ("embeddings", "lm_head", "token_ids"):
+        for name in ("embed_tokens", "lm_head", "token_ids"):
             self.register_buffer(name, tensors.get(name), persistent=False)
         # A quantised copy of the output head, for logits of all tokens.
         self.quantised_lm_head: nn.Module | None = None
@@ -302,7 +302,7 @@ class OwnVocabulary(nn.Module):
         if (offsets := tensors.get("d2t")) is not None:
             token_ids = (offsets + torch.arange(len(offsets))).to(target.device, offsets.dtype)
         return cls(
-            embeddings=weight("embed_tokens.weight", target.embeddings),
+            embed_tokens=weight("embed_tokens.weight", target.embeddings),
             lm_head=weight("lm_head.weight", target.lm_head_weight),
             token_ids=token_ids,
         )
