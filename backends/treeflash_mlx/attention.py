@@ -13,7 +13,7 @@ import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -69,6 +69,10 @@ class TreePass:
     exact_nodes: Nodes | None  # nodes for `tree_attention` in exact mode
     index: mx.array | None  # (batch, 1, n, 1) int32 columns that the nodes are written to
     paths: NodePaths | None  # for recurrent layers
+    # masks that layers have got, by window and first column: one for equal layers
+    masks: dict[tuple[int | None, int], mx.array] = field(default_factory=dict)
+    # shapes of layers that the Metal kernel can run, in the model that ran the pass
+    shapes: set[Shape] = field(default_factory=set)
 
     @classmethod
     def build(
@@ -145,16 +149,6 @@ class TreePass:
         if (window, first) not in self.masks:
             self.masks[window, first] = self._mask(window, first)
         return self.masks[window, first]
-
-    @cached_property
-    def masks(self) -> dict[tuple[int | None, int], mx.array]:
-        """The masks that layers have got, by window and first column: one for equal layers."""
-        return {}
-
-    @cached_property
-    def shapes(self) -> set[Shape]:
-        """The shapes of layers that the Metal kernel can run, in the model that ran the pass."""
-        return set()
 
     @cached_property
     def nodes(self) -> Nodes | None:

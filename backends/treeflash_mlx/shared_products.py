@@ -83,7 +83,7 @@ def fastest(layers: Sequence[Module], shape: Shape) -> float | None:
         shape,
         TIMED_ROWS,
         {f"{share:.0%} of the rows on the CPU": share for share in SHARES},
-        lambda module, y, share: multiply_shared(module, y, share),
+        multiply_shared,
         LONG_BYTES,  # few calls: each takes milliseconds
     )
 

@@ -290,18 +290,18 @@ def prepare(module: Module, x: mx.array, geometry: Geometry) -> Product:
     weight, width = module.weight, x.shape[-1]
     rows, outputs = x.size // width, weight.shape[0]
     template: dict[str, Any] = {"T": x.dtype, "GROUP": UNQUANTISED_GROUP}
-    name, inputs, arrays = "products", INPUTS, [weight]
-    if isinstance(module, Quantised):
+    name, inputs, arrays, step = "products", INPUTS, [weight], 32
+    if is_quantised := isinstance(module, Quantised):
         name, inputs = "products_quantised" + "_sums" * geometry.scaled_sums, QUANTISED_INPUTS
         arrays += [module.scales, module.biases]
         template |= {"GROUP": module.group_size, "BITS": module.bits}
+        if module.bits == 4 and module.group_size >= 64:
+            step = 64  # a lane reads two words at once
     columns = min(-(-rows // 8), MAX_COLUMNS)
     template |= {"COLUMNS": columns, "TILES": geometry.tiles, "SPLITS": geometry.splits}
-    two_words = isinstance(module, Quantised) and module.bits == 4 and module.group_size >= 64
-    template["STEP"] = 64 if two_words else 32
+    template["STEP"] = step
     threads = 32 * geometry.splits
-    is_quantised, sums = isinstance(module, Quantised), geometry.scaled_sums
-    text = source(quantised=is_quantised, scaled_sums=sums)
+    text = source(quantised=is_quantised, scaled_sums=geometry.scaled_sums)
     launch = partial(
         make_kernel(name, inputs, ("out",), text),
         template=list(template.items()),
@@ -447,7 +447,7 @@ def fastest(layers: Sequence[Module], rows: int) -> Geometry | None:
         shape,
         rows,
         candidates,
-        lambda module, y, geometry: multiply(module, y, geometry),
+        multiply,
         first.weight.nbytes,
     )
 
