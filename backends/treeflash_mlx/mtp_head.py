@@ -7,7 +7,7 @@ committed rows need no attention, so a prompt costs little more than their proje
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +119,18 @@ class MtpCache(KVCache):
         return super().read()[..., : max(self.length - 1, 0), :]
 
 
+def lacking_rows(
+    roots: Sequence[tuple[Any, int]], most: int, run: Callable[[list[NewRows]], object]
+) -> list[NewRows]:
+    """Return the rows that drafts lack, `most` of a sequence at most; `run` writes earlier ones."""
+
+    def compute(rows: NewRows) -> None:
+        run([rows])
+        mx.eval(share_storage([rows[0].drafter]).layers)
+
+    return [new_rows(state, root, most, compute) for state, root in roots]
+
+
 class MtpDrafter(mtp_head.MtpDrafter):
     """`treeflash.decoding.interfaces.Drafter` in MLX: the rows of committed positions."""
 
@@ -129,12 +141,7 @@ class MtpDrafter(mtp_head.MtpDrafter):
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[MtpBlock]:
         """Compute the rows of all sequences together; earlier parts of prompts chunk by chunk."""
         project_contexts([state for state, _ in roots], self.model.project, mx.concatenate)
-
-        def compute(rows: NewRows) -> None:
-            self._write([rows])
-            mx.eval(share_storage([rows[0].drafter]).layers)
-
-        new = [new_rows(state, root, self.chunk, compute) for state, root in roots]
+        new = lacking_rows(roots, self.chunk, self._write)
         (y, residual), positions = self._write(new)
         last = mx.array(np.cumsum([len(tokens) for _, _, tokens in new]) - 1)
         q, gate = self.model.layer.self_attn.queries(y[last], positions[:, last])
@@ -171,12 +178,7 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
         """Run the rows of all sequences together; earlier parts of prompts chunk by chunk."""
         size = self.rows.config.depths
         project_contexts([state for state, _ in roots], self.rows.project, mx.concatenate)
-
-        def compute(rows: NewRows) -> None:
-            self._run([rows])
-            mx.eval(share_storage([rows[0].drafter]).layers)
-
-        rows = [new_rows(state, root, self.chunk, compute) for state, root in roots]
+        rows = lacking_rows(roots, self.chunk, self._run)
         ends = np.cumsum([len(tokens) + size - 1 for *_, tokens in rows])
         parts = mx.split(self._run(rows, masks=size - 1), ends[:-1].tolist())
         note_drafted(state for state, _ in roots)

@@ -381,7 +381,7 @@ class Target:
             self.processor = f"mlx-vlm cannot load its vision tower ({first_line(error)})"
             return
         self.hooks.axes = channel_axes(self.config)
-        deep = (config["vision_config"].get("deepstack_visual_indexes")) or ()
+        deep = config["vision_config"].get("deepstack_visual_indexes") or ()
         self.hooks.add_features(self.layers[: len(deep)])
 
     def check_drafting(self) -> None:
