@@ -371,16 +371,16 @@ class ScheduleMachine(RuleBasedStateMachine):
         self.add([self.request(prompt, config, salt, constrained=False) for config in answers])
 
     @precondition(lambda self: self.submitted)
-    @rule(which=st.integers(0, 99))
-    def cancel(self, which: int) -> None:
-        """A client goes, or its time is over, perhaps after its answer."""
+    @rule(which=st.integers(0, 99), keep=st.booleans())
+    def cancel(self, which: int, keep: bool) -> None:
+        """A client goes, perhaps after its answer; or, to `keep`, a stop string ends the text."""
         unfinished, ended = (
             [x for x, submitted in self.submitted.items() if submitted.ended == ended]
             for ended in (False, True)
         )
         requests = [*unfinished, *ended[-1:]]
         request = requests[which % len(requests)]
-        self.scheduler.cancel(request)
+        self.scheduler.cancel(request, keep=keep)
         self.submitted[request].ended = True
         self.check_books()
 

@@ -136,6 +136,19 @@ def test_an_answer_that_stopped_holds_no_slot(serve, method, answers):
     assert not server.engine.scheduler.busy
 
 
+@pytest.mark.parametrize("method", ["ar", "treeflash"])
+def test_an_answer_that_stopped_is_kept_for_the_next_prompt(serve, model, method):
+    """As one that ended by itself: the next prompt begins with this one."""
+    server = serve()
+    text = model.generate("A story.", raw=True, temperature=0, max_tokens=40).text
+    whole = server.complete("A story.", **FOREVER, method=method, stop=text[10:13])
+    assert whole.json()["choices"][0]["finish_reason"] == "stop"
+    wait_until(lambda: server.engine.unfinished == 0)
+    usage = server.complete("A story. It goes on.", **FOREVER, method=method).json()["usage"]
+    kept = len(model.tokenizer.encode("A story."))
+    assert usage["prompt_tokens_details"]["cached_tokens"] == kept
+
+
 def test_an_answer_that_ends_leaves_the_queue_before_its_request(serve):
     server = serve(max_parallel=1)
     with ThreadPoolExecutor() as clients, Gate(server.engine) as gate:

@@ -270,7 +270,7 @@ class ChatSession:
                         view.add(chunk.text, style)
                         shown += len(chunk.text)
             finally:
-                scheduler.cancel(request)
+                scheduler.cancel(request, keep=assembler.finish_reason is not None)
             view.add(assembler.generation().text[shown:])
 
     @cached_property

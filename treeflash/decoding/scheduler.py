@@ -267,13 +267,21 @@ class Scheduler:
         if self.prefix_cache is not None and self.prefix_cache.disk is not None:
             self.prefix_cache.disk.copy_next()
 
-    def cancel(self, request: Request) -> None:
-        """Drop a sequence, if it is not finished."""
+    def cancel(self, request: Request, *, keep: bool = False) -> None:
+        """Drop a sequence, if it is not finished; with `keep` the caches may take it nevertheless.
+
+        Raises what a device raises while a state is copied; the sequences then are to be closed.
+        """
         self._waiting = [x for x in self._waiting if x.request is not request]
         if self._restoration is not None and self._restoration[0] is request:
             self._drop_restoration()
         for sequence in [x for x in self._running if x.request is request]:
-            self._end(sequence)
+            try:
+                self._end(sequence, keep=keep)
+            except Exception as error:
+                if is_of_earlier_work(error) and self.prefix_cache is not None:
+                    self.prefix_cache.clear()  # see `_trusted_states`
+                raise
 
     def close(self) -> None:
         """Drop all sequences."""

@@ -420,7 +420,9 @@ class Engine:
                 continue
             updates.setdefault(answer.completion, []).append(update)
             if update.chunk.finish_reason is not None:
-                self.scheduler.cancel(request)  # a stop string may have ended it
+                if update.chunk.step.finish_reason is None:  # a stop string ended it
+                    with self._turns:  # its state is copied
+                        self.scheduler.cancel(request, keep=True)
                 self._finish(request)
         for request, progress in self.scheduler.prompts.items():
             if (answer := self.running_answers.get(request)) is not None:

@@ -308,7 +308,8 @@ class BatchStream:
             assembler: Assembler = request.tag
             error = event if isinstance(event, Exception) else None
             if isinstance(event, Exception) or assembler.add(event).finish_reason is not None:
-                self._scheduler.cancel(request)  # a stop string may have ended it
+                # A stop string may have ended it.
+                self._scheduler.cancel(request, keep=error is None)
                 finished.append((assembler, error))
         return finished
 

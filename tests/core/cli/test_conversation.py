@@ -378,6 +378,16 @@ def test_only_new_messages_are_prefilled(talk, tiny_pair):
     assert talked.answer.chunks[0].step.cached_tokens > 10
 
 
+def test_an_answer_that_a_stop_string_ends_is_not_prefilled_again(talk, tiny_pair):
+    model = treeflash.load(*tiny_pair, backend="reference")
+    options = {"max_tokens": 5, "temperature": 0}
+    talked, _ = talk("hi", ENTER, model=model, **options)
+    stop = talked.messages[1]["content"][1]
+    talked, _ = talk("hi", ENTER, "more", ENTER, model=model, **options, stop=stop)
+    assert len(talked.messages[1]["content"]) == 1
+    assert talked.answer.chunks[0].step.cached_tokens > 10
+
+
 def test_a_conversation_is_kept_on_a_disk(use, tiny_pair, tmp_path, run_chat):
     use(treeflash.load(tiny_pair[0], False, backend="reference"))
     arguments = ["--max-tokens", "3", "--prefix-cache-dir", str(tmp_path / "states")]

@@ -36,13 +36,13 @@ def test_random_schedules_for_an_hour():
     run_state_machine_as_test(ScheduleMachine, settings=long)
 
 
-def cancel_waiting_alone(self: Scheduler, request: Request) -> None:
+def cancel_waiting_alone(self: Scheduler, request: Request, *, keep: bool = False) -> None:
     self._waiting = [x for x in self._waiting if x.request is not request]
 
 
-def cancel_running_alone(self: Scheduler, request: Request) -> None:
+def cancel_running_alone(self: Scheduler, request: Request, *, keep: bool = False) -> None:
     for sequence in [x for x in self._running if x.request is request]:
-        self._end(sequence)
+        self._end(sequence, keep=keep)
 
 
 def commit_twice(

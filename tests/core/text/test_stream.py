@@ -15,12 +15,14 @@ import pytest
 from failures import failing
 from recordings import recording
 
-from treeflash.config import AUTO_BYTES
+from treeflash.config import AUTO_BYTES, DecodeConfig
 from treeflash.decoding import Scheduler
 from treeflash.decoding.interfaces import Prefill
 from treeflash.decoding.iteration import RunningSequence
+from treeflash.decoding.suffix import SuffixCache
 from treeflash.errors import ConfigError, NumericalError
 from treeflash.language_model import load
+from treeflash.text.stream import Assembler
 
 PROMPTS = ["one", "two and three", [{"role": "user", "content": "four"}], [5, 6, 7]]
 
@@ -55,6 +57,17 @@ def test_many_texts_come_in_the_order_in_which_they_end(scripted):
         "of middle length",
         "a long text that ends last",
     ]
+
+
+def test_a_text_that_a_stop_string_ends_can_be_copied(scripted):
+    model, copied = scripted("a long text that stops here, and goes on"), SuffixCache(1 << 20)
+    config = DecodeConfig(method="ar", max_tokens=60)
+    prompt_ids = tuple(model.tokenizer.encode("x"))
+    stream = model.batch_stream(1, config, copied)
+    stream.submit([Assembler(model.backend, model.tokenizer, prompt_ids, config, stop=("here",))])
+    while stream.busy:
+        stream.step()
+    assert copied.nbytes
 
 
 def test_a_text_that_a_stop_string_ends_makes_room(scripted):
