@@ -76,7 +76,6 @@ from treeflash_cuda.target import PASS_NAME, Target
 from treeflash_cuda.target_loading import (
     add_kernels,
     bits_refusal,
-    choose_passes,
     inexact_if_refused,
     kept_checks,
     load_target,
@@ -446,7 +445,7 @@ def wrap(model: PreTrainedModel, drafter: Path | None) -> CudaBackend:
         if has_tower(model):
             target.tower = GivenFeatures(model)
         add_kernels(target)
-        choose_passes(target)
+        target.choose_passes()
         backend = add_drafter(target, drafter, LoadConfig(), memory_share=WRAPPED_MEMORY_SHARE)
         if target.tower is not None:
             backend.images = NoPictures()

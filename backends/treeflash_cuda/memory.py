@@ -16,9 +16,9 @@ from treeflash_cuda.cache import Arena
 from treeflash_cuda.drafter import Block
 from treeflash_cuda.drafter_loading import Head, Model
 from treeflash_cuda.gpu.graphs import MAX_ROWS
+from treeflash_cuda.gpu.row_pass import RowTarget
 from treeflash_cuda.mtp_head import MtpArena, MtpHead, MtpModel
 from treeflash_cuda.target import Target
-from treeflash_cuda.target_loading import run_tree
 
 FREE_MEMORY_SHARE = 0.85
 """Share of the memory that models and passes leave free on a GPU, for keys and values. The rest is
@@ -101,12 +101,14 @@ def pass_nbytes(target: Target) -> int:
 
     The peak that PyTorch counts for the process begins anew.
     """
-    if target.operations is None or target.split or target.spans is not None:
+    if not isinstance(target, RowTarget) or target.operations is None:
+        return 0
+    if target.split or target.spans is not None:
         return 0
     torch.cuda.reset_peak_memory_stats(target.device)
     before = torch.cuda.memory_allocated(target.device)
     try:
-        run_tree(target, MAX_ROWS)
+        target.run_tree(MAX_ROWS)
     except UnsupportedModelError:  # trees then run with masks
         return 0
     return torch.cuda.max_memory_allocated(target.device) - before

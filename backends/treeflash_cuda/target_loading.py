@@ -6,18 +6,15 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 
 from treeflash.config import LoadConfig
 from treeflash.decoding.passed_checks import PassedChecks, passed_checks
-from treeflash.decoding.tree import DraftTree
 from treeflash.errors import BackendError, UnsupportedModelError
 from treeflash_cuda.cpu import low_bit_loading
 from treeflash_cuda.cpu.decoder_target import CpuTarget
@@ -44,7 +41,6 @@ from treeflash_cuda.gpu.parallel import (
 from treeflash_cuda.gpu.prompt_attention import CausalAttention, load_flash_attention
 from treeflash_cuda.images import find_processor
 from treeflash_cuda.operations import Operations, Shapes
-from treeflash_cuda.state import State
 from treeflash_cuda.target import Target, read_model_config, refuse_stateful
 from treeflash_cuda.visible_keys import PAGE
 
@@ -83,7 +79,7 @@ def load_target(
         with inexact_if_refused(model, config):
             model.make_exact(passed or PassedChecks())
     if not isinstance(model, DecoderTarget):
-        choose_passes(model)
+        cast("ModelTarget", model).choose_passes()
     return model
 
 
@@ -190,40 +186,6 @@ def own_layers(
         if reason := next((reason for reason, applies in reasons.items() if applies), None):
             return reason
     return OwnLayers(checkpoint, facts, dtype, operations)
-
-
-@torch.inference_mode()
-def run_tree(target: Any, nodes: int) -> None:
-    """Run a tree through a target in its pass over rows, without a graph; its state is dropped.
-
-    Raises an UnsupportedModelError if a layer of a `ModelTarget` cannot run in such a pass.
-    """
-    arena = copy(target.arena)
-    arena.slabs = []  # the target's own memory is allocated later
-    state = State(arena, None, nodes, recurrent=target.new_recurrent_states())
-    tokens = np.arange(nodes, dtype=np.int32) % target.vocab_size
-    with target.graphs.paused():
-        target.run_pass([(state, DraftTree.chain(tokens, np.zeros(nodes)))], [True])
-
-
-def choose_passes(target: Any) -> None:
-    """Let trees of a `ModelTarget` run with masks if a layer cannot run in the pass over rows.
-
-    A tree finds it out. Raises an UnsupportedModelError in exact mode, because the other passes
-    have other bits. Without operations all passes have masks.
-    """
-    operations = target.operations
-    if operations is None or not operations.runs_trees or not target.reads_cache:
-        return
-    from treeflash_cuda.hf.model_target import CHECKED_TOKENS
-
-    try:
-        run_tree(target, CHECKED_TOKENS)
-    except UnsupportedModelError as error:
-        if target.is_exact:
-            raise
-        target.has_row_pass = False
-        warnings.warn(f"draft trees run without CUDA graphs: {error}", stacklevel=2)
 
 
 def add_kernels(target: ModelTarget) -> None:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -164,6 +166,19 @@ class RowTarget(Target):
             whole = logits[:count]
         found = Logits([logits[part] for part in parts], [best[part] for part in parts], whole)
         return RowsResult.of_pass(found, rows, by_layer, firsts, written=written)
+
+    @torch.inference_mode()
+    def run_tree(self, nodes: int) -> None:
+        """Run a tree in this pass without a graph; its state is dropped.
+
+        Raises an UnsupportedModelError if a layer cannot run in such a pass.
+        """
+        arena = copy(self.arena)
+        arena.slabs = []  # the target's own memory is allocated later
+        state = State(arena, None, nodes, recurrent=self.new_recurrent_states())
+        tokens = np.arange(nodes, dtype=np.int32) % self.vocab_size
+        with self.graphs.paused():
+            self.run_pass([(state, DraftTree.chain(tokens, np.zeros(nodes)))], [True])
 
     def _forward(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from treeflash.decoding.tree import DraftTree
+from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.attention import TokenBlock
 from treeflash_cuda.gpu.row_pass import RowInputs, RowTarget
 from treeflash_cuda.gpu.tree_recurrences import TreeRecurrences
@@ -32,6 +34,9 @@ from treeflash_cuda.sampling import Logits
 from treeflash_cuda.state import State
 from treeflash_cuda.target import Rows, RowsResult, last_rows, logit_counts
 
+CHECKED_TOKENS = 16
+"""Length of the prompts and trees on which the passes are tried at load."""
+
 
 class ModelPasses(RowTarget):
     """The passes of a target that is a model of transformers; `ModelTarget` is the rest of it."""
@@ -48,6 +53,22 @@ class ModelPasses(RowTarget):
     def in_row_pass(self, state: State, tokens: DraftTree | Sequence[int]) -> bool:
         layers_can = self.has_row_pass and self.reads_cache
         return layers_can and super().in_row_pass(state, tokens)
+
+    def choose_passes(self) -> None:
+        """Let trees run with masks if a layer cannot run in the pass over rows.
+
+        A tree finds it out. Raises an UnsupportedModelError in exact mode, because the other passes have other bits.
+        Without operations all passes have masks.
+        """
+        if self.operations is None or not self.operations.runs_trees or not self.reads_cache:
+            return
+        try:
+            self.run_tree(CHECKED_TOKENS)
+        except UnsupportedModelError as error:
+            if self.is_exact:
+                raise
+            self.has_row_pass = False
+            warnings.warn(f"draft trees run without CUDA graphs: {error}", stacklevel=2)
 
     def compute(self, rows: RowInputs) -> tuple[Tensor, dict[int, Tensor], Sequence[Tensor]]:
         assert self.operations is not None

@@ -73,7 +73,7 @@ from treeflash_cuda.hf.hybrid import (
     hook_recurrent_layers,
 )
 from treeflash_cuda.hf.low_bit_models import LowBitConfig
-from treeflash_cuda.hf.model_pass import ModelPasses
+from treeflash_cuda.hf.model_pass import CHECKED_TOKENS, ModelPasses
 from treeflash_cuda.images import VisionTower, has_tower, run_samples
 from treeflash_cuda.linear import is_subclass, pack_linears, rounding
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
@@ -89,9 +89,6 @@ FIXED_ATTENTION = "their attention layers do not support other attention functio
 CACHES = "cache", "past_key_values", "cache_params"
 """Names of the argument by which models take a cache. transformers has only the first since 5.24,
 and warns about the others at every call; the last warning was about models without attention."""
-
-CHECKED_TOKENS = 16
-"""Length of the prompt on which the replaced attention is compared with the model's own."""
 
 
 def load_model(
