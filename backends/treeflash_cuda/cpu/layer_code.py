@@ -551,18 +551,18 @@ class Queries(NamedTuple):
         begin = b.zext(b.intrinsic("llvm.vector.reduce.smin.v16i32", I32, firsts), I64)
         last = b.intrinsic("llvm.vector.reduce.smax.v16i32", I32, lasts)
         return cls(
-            *(
-                own,
-                kv_head,
-                rows,
-                outputs,
-                owned,
-                firsts,
-                lasts,
-                begin,
-                b.plus(b.zext(last, I64), 1),
-            ),
-            *(f["scratch"], top, scores),
+            sequence=own,
+            kv_head=kv_head,
+            rows=rows,
+            outputs=outputs,
+            owned=owned,
+            firsts=firsts,
+            lasts=lasts,
+            begin=begin,
+            end=b.plus(b.zext(last, I64), 1),
+            numbers=f["scratch"],
+            top=top,
+            scores=scores,
         )
 
     def scores_of(self, b: Builder, column: Value) -> Value:

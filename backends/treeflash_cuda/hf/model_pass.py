@@ -57,8 +57,8 @@ class ModelPasses(RowTarget):
     def choose_passes(self) -> None:
         """Let trees run with masks if a layer cannot run in the pass over rows.
 
-        A tree finds it out. Raises an UnsupportedModelError in exact mode, because the other passes have other bits.
-        Without operations all passes have masks.
+        A tree finds it out. Raises an UnsupportedModelError in exact mode, because the other passes
+        have other bits. Without operations all passes have masks.
         """
         if self.operations is None or not self.operations.runs_trees or not self.reads_cache:
             return
