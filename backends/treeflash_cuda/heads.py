@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -84,6 +84,15 @@ def _rounded(options: TableOptions, vocab_size: int) -> TableOptions:
     return replace(options, rows=rows, shortlist=shortlist)
 
 
+class ChosenTokens(NamedTuple):
+    """The tokens of tables."""
+
+    marginals: Tensor  # (blocks, D, v) log probabilities
+    # (blocks, v), or (slots, v) for a head with candidates; None for all tokens of the drafter.
+    tokens: Tensor | None = None
+    used: Tensor | None = None  # (blocks, v) whether a token is used; None uses all
+
+
 class ARHead:
     """`treeflash.decoding.interfaces.ARHead` in PyTorch, for a head of one previous token."""
 
@@ -149,51 +158,18 @@ class ARHead:
         among all D * m rows, ascending, previous tokens, children, and log probabilities; then
         confidences, if the head predicts them. The rows that are used come first.
         """
-        blocks, device = len(roots), hidden.device
+        blocks = len(roots)
         slots = Slots.read(self.output, hidden)
         logits = self.output.logits(slots.normed)
         # Tokens are chosen by their marginals, so the whole output head is read, once for the slots
         # of all blocks, and all tokens are normalised: 10 MB for 16 slots of 151,936 tokens, 0.3 GB
         # for 32 blocks, where weights are 20 GB.
         marginals = self.output.noisy_log_probs(logits, noise, options.temperature)
-        by_block = marginals.unflatten(0, (blocks, -1))
-        depths, size = by_block.shape[1:]
-        # (v,) tokens for one block, (blocks, v) for more, or (slots, v) for a head with candidates.
-        vocab, used = None, None
-        if self.module.candidates is not None:
-            best, vocab = topk(marginals, self.module.candidates)
-            by_block = best.unflatten(0, (blocks, -1))
-        elif options.shortlist is not None and options.shortlist < size:
-            if limits is None:
-                vocab = largest(by_block.amax(1), options.shortlist)
-            else:
-                vocab, used = shortlist(by_block, options.shortlist, limits)
-            by_block = by_block.gather(2, vocab[:, None].expand(-1, depths, -1))
-            if used is not None:
-                by_block = by_block.masked_fill(~used[:, None], -torch.inf)
-        mass, m = by_block.logsumexp(-1).flatten(), min(options.m, by_block.shape[2])
-        weights, previous = topk(by_block[:, :-1].flatten(0, 1), m)
-        weights, count = weights.view(blocks, -1), (depths - 1) * m
-        if vocab is not None:
-            previous_vocab = vocab
-            if len(vocab) > blocks:
-                previous_vocab = vocab.unflatten(0, (blocks, -1))[:, :-1].flatten(0, 1)
-            previous = previous_vocab.gather(1, previous.view(len(previous_vocab), -1))
-        previous = self.output.to_target(previous.view(blocks, -1))
-        if limits is not None:
-            later = torch.arange(count, device=device) >= (limits[0] - 1) * m
-            weights = weights.masked_fill(later, -torch.inf)
-        ranked = weights.argsort(dim=1, descending=True, stable=True)[:, : options.rows]
-        if limits is not None:  # after the others
-            used_rows = torch.minimum(limits[1], (limits[0] - 1) * m)
-            places = torch.arange(ranked.shape[1], device=device)
-            ranked = ranked.masked_fill(places >= used_rows, count)
-        places = ranked.sort(1).values
-        previous = torch.cat(
-            [roots[:, None].to(previous.dtype), previous.gather(1, places.clamp(max=count - 1))], 1
-        ).flatten()
-        places = F.pad(places + m, (1, 0))
-        block = torch.arange(blocks, device=device)[:, None]
+        chosen = self._choose(marginals.unflatten(0, (blocks, -1)), options, limits)
+        _, depths, size = chosen.marginals.shape
+        m, vocab = min(options.m, size), chosen.tokens
+        places, previous = self._rank(chosen, roots, m, options.rows, limits)
+        block = torch.arange(blocks, device=hidden.device)[:, None]
         rows = ((places // m).clamp(max=depths - 1) + block * depths).flatten()
         queries = self.module.queries(slots, previous, rows)
         tokens = vocab
@@ -203,15 +179,15 @@ class ARHead:
         scores = self.module.score(queries, scored)
         if (added := self.output.noise(noise, vocab)) is not None:
             scores = scores + take(added, rows)
-        if used is not None:
-            by_row = used.repeat_interleave(places.shape[1], 0, output_size=len(rows))
+        if chosen.used is not None:
+            by_row = chosen.used.repeat_interleave(places.shape[1], 0, output_size=len(rows))
             scores = scores.masked_fill(~by_row, -torch.inf)
         children, log_probs = top_log_probs(scores, options.k, options.temperature)
         if vocab is not None:
             index = rows[:, None] if len(vocab) > blocks else block.expand_as(places).reshape(-1, 1)
-            children = take(vocab.flatten(), (children + index * vocab.shape[1]).flatten())
+            children = take(vocab.flatten(), (children + index * size).flatten())
             children = children.view(log_probs.shape).int()
-            log_probs += take(mass, rows)[:, None]
+            log_probs += take(chosen.marginals.logsumexp(-1).flatten(), rows)[:, None]
         children = self.output.to_target(children)
         ids = torch.stack([places.flatten(), previous], 1).int()
         parts = [ids, children, log_probs.view(torch.int32)]
@@ -219,6 +195,58 @@ class ARHead:
         if confidence is not None:
             parts.append(confidence[:, None].view(torch.int32))
         return torch.cat(parts, 1), m, children.shape[1]
+
+    def _choose(
+        self, marginals: Tensor, options: TableOptions, limits: Tensor | None
+    ) -> ChosenTokens:
+        """Choose the tokens that are scored by (blocks, D, Vd) marginals."""
+        if self.module.candidates is not None:
+            best, tokens = topk(marginals.flatten(0, 1), self.module.candidates)
+            return ChosenTokens(best.unflatten(0, marginals.shape[:2]), tokens)
+        if options.shortlist is None or options.shortlist >= marginals.shape[2]:
+            return ChosenTokens(marginals)
+        used = None
+        if limits is None:
+            tokens = largest(marginals.amax(1), options.shortlist)
+        else:
+            tokens, used = shortlist(marginals, options.shortlist, limits)
+        marginals = marginals.gather(2, tokens[:, None].expand(-1, marginals.shape[1], -1))
+        if used is not None:
+            marginals = marginals.masked_fill(~used[:, None], -torch.inf)
+        return ChosenTokens(marginals, tokens, used)
+
+    def _rank(
+        self,
+        chosen: ChosenTokens,
+        roots: Tensor,  # (blocks,)
+        m: int,  # rows of a depth
+        most: int | None,  # rows of a table besides the root's; None for all
+        limits: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the (blocks, n) places of the rows with the likeliest previous tokens, ascending.
+
+        Returns also these (blocks * n,) tokens, of which a block's first is its root.
+        """
+        blocks, depths, _ = chosen.marginals.shape
+        weights, previous = topk(chosen.marginals[:, :-1].flatten(0, 1), m)
+        weights, count = weights.view(blocks, -1), (depths - 1) * m
+        if (tokens := chosen.tokens) is not None:
+            if len(tokens) > blocks:
+                tokens = tokens.unflatten(0, (blocks, -1))[:, :-1].flatten(0, 1)
+            previous = tokens.gather(1, previous.view(len(tokens), -1))
+        previous = self.output.to_target(previous.view(blocks, -1))
+        if limits is not None:
+            later = torch.arange(count, device=roots.device) >= (limits[0] - 1) * m
+            weights = weights.masked_fill(later, -torch.inf)
+        ranked = weights.argsort(dim=1, descending=True, stable=True)[:, :most]
+        if limits is not None:  # after the others
+            used_rows = torch.minimum(limits[1], (limits[0] - 1) * m)
+            places = torch.arange(ranked.shape[1], device=roots.device)
+            ranked = ranked.masked_fill(places >= used_rows, count)
+        places = ranked.sort(1).values
+        previous = previous.gather(1, places.clamp(max=count - 1))
+        previous = torch.cat([roots[:, None].to(previous.dtype), previous], 1).flatten()
+        return F.pad(places + m, (1, 0)), previous
 
 
 def shortlist(marginals: Tensor, size: int, limits: Tensor) -> tuple[Tensor, Tensor]:
