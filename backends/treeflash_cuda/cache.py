@@ -541,14 +541,6 @@ class KVCache:
         assert isinstance(index, slice)
         return self.allocate().read(index)
 
-    def first_columns(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return the columns of a layer before `end`, (1, kv_heads, end, head_dim) keys and values.
-
-        They are views unless they are stored in 8 bits, or in scattered pages.
-        """
-        k, v = SeenColumns(self, end).layer(layer)
-        return self.arena.decode(k), self.arena.decode(v)
-
     def commit(self, count: int) -> None:
         """Commit the first `count` rows of the block."""
         if self.shared_token is not None:  # nothing was written to its page

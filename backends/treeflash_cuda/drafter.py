@@ -22,7 +22,7 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.config import LayerKind, window_gap
 from treeflash.drafters.layers import Rotations, visible_positions
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
-from treeflash_cuda.cache import Slab, WrittenRows
+from treeflash_cuda.cache import SeenColumns, Slab, WrittenRows
 from treeflash_cuda.drafter_model import OPERATIONS, DrafterModel, Rotation
 from treeflash_cuda.gpu.graphs import Graphs, Outputs, power_of_four, power_of_two
 from treeflash_cuda.linear import token_products
@@ -141,6 +141,7 @@ class MaskedDrafts:
         self.gaps = [window_gap(state.length, window) for state in states]
         self._masks: dict[LayerKind, list[Tensor | None]] = {}
         self._rows: WrittenRows | None = None  # the columns of the rows
+        self._seen: list[SeenColumns] = []  # the columns of each sequence, its block's included
 
     @property
     def has_gaps(self) -> bool:
@@ -158,10 +159,11 @@ class MaskedDrafts:
             contexts = [(x, x.length, start - x.length) for x, start in self.sequences]
             blocks = [(cache, start, size) for cache, start in self.sequences]
             self._rows = WrittenRows([*contexts, *blocks], k)
+            self._seen = [SeenColumns(cache, start + size) for cache, start in self.sequences]
         self._rows.write(layer, k[0], v[0])
         keys_and_values = []
-        for (cache, start), gap in zip(self.sequences, self.gaps, strict=True):
-            keys, values = cache.first_columns(layer, start + size)
+        for seen, gap in zip(self._seen, self.gaps, strict=True):
+            keys, values = seen.layer(layer)
             keys_and_values.append((cut_gap(keys, gap, 2), cut_gap(values, gap, 2)))
         if kind not in self._masks:
             pairs = zip(self.sequences, self.gaps, strict=True)

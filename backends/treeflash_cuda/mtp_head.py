@@ -37,7 +37,16 @@ from treeflash.decoding.transitions import TransitionTable
 from treeflash.drafters.mtp_heads import MtpConfig, first_visible
 from treeflash.drafters.mtp_layer import MtpLayer
 from treeflash_cuda.attention import additive_mask, group_mask, grouped_attention
-from treeflash_cuda.cache import Arena, Index, KVCache, Slab, WrittenRows, from_host, to_host
+from treeflash_cuda.cache import (
+    Arena,
+    Index,
+    KVCache,
+    SeenColumns,
+    Slab,
+    WrittenRows,
+    from_host,
+    to_host,
+)
 from treeflash_cuda.drafter import MAX_CONTEXT, Block, Drafter, OutputStage
 from treeflash_cuda.drafter_model import OPERATIONS, OwnVocabulary, Rotary, Rotation, join, split
 from treeflash_cuda.gpu.graphs import (
@@ -96,7 +105,7 @@ class MtpModel(MtpLayer, nn.Module):
         config, keys_and_values, masks = self.config, [], []
         for i, (cache, length) in enumerate(zip(caches, committed, strict=True)):
             first = first_visible(config, length, depth)
-            keys, values = cache.first_columns(0, length + drafted)
+            keys, values = SeenColumns(cache, length + drafted).layer(0)
             keys_and_values.append((keys[:, :, first:], values[:, :, first:]))
             mask = None
             if visible is not None:
@@ -487,7 +496,7 @@ class ParallelDrafter(mtp_head.ParallelDrafter, Drafter):
         for cache, first, n in zip(caches, firsts, counts, strict=True):
             seen = torch.ones(n, first + n, dtype=torch.bool, device=q.device).tril(first)
             masks.append(group_mask(additive_mask(seen, q.dtype), self.rows.config.groups))
-            keys_and_values.append(cache.first_columns(layer, first + n))
+            keys_and_values.append(SeenColumns(cache, first + n).layer(layer))
         return grouped_attention(
             q, keys_and_values, masks, counts, self.rows.config.attention_scale
         )[0]
