@@ -29,7 +29,7 @@ moves bytes and does not depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, TypeAlias
@@ -139,7 +139,7 @@ class Slab:
         self.page = page  # columns of a page; see `Arena.page`
         self.owners = np.zeros(self.columns // page, np.int32)  # sequences that have each page
         # Free pages, owned by none but taken, by the shared page of which they will be copies; and
-        # the owners of such a page that may write to it.
+        # the forks that may write to such a page.
         self.spares: dict[int, list[int]] = {}
         self.writers: dict[int, set[KVCache]] = {}
 
@@ -225,15 +225,15 @@ class Slab:
         for page in self._spared(pages):
             self.leave(page, owner)
 
-    def add_spare(self, page: int, spare: int, writers: Iterable[KVCache]) -> None:
-        """Keep a free page for a copy of a page, to which these sequences may write, too."""
+    def add_spare(self, page: int, spare: int, fork: KVCache) -> None:
+        """Keep a free page for a copy of a page that a fork shares, and may write to."""
         self.spares.setdefault(page, []).append(spare)
-        self.writers.setdefault(page, set()).update(writers)
+        self.writers.setdefault(page, set()).add(fork)
 
     def leave(self, page: int, owner: KVCache) -> None:
         """Note that a sequence will not write to a page, and free the spares that none needs.
 
-        Every writer needs one; but the last one needs none if all other owners are gone.
+        Every fork may need one; but the last owner of a page writes to the page itself.
         """
         spares, writers = self.spares[page], self.writers[page]
         writers.discard(owner)
@@ -396,10 +396,8 @@ class Arena:
                     self._refuse(count, self.reserved_nbytes, capacity)
                 return None
             slab.owners[shared] += 1
-            # The other sequence writes behind its own last position.
-            writes = (other.length - other.rewritten) // self.page == kept
             for page, spare in zip(shared[kept:].tolist(), own.tolist(), strict=False):
-                slab.add_spare(page, spare, [new, other] if writes else [new])
+                slab.add_spare(page, spare, new)
         return slab, np.concatenate([shared, own[len(shared) - kept :]])
 
     def own(self, slab: Slab, page: int, owner: KVCache) -> int:

@@ -166,7 +166,14 @@ class Texts:
     def fork(self, text, length, capacity, **token):
         cache = self.arena.new_cache(capacity)
         cache.copy_from(text.cache, length, **token)
-        return self.add(cache, text.expected[:length].clone())
+        fork = self.add(cache, text.expected[:length].clone())
+        fork.following = text.expected[length : length + 1]
+        return fork
+
+    def keep(self, text):
+        """Commit the token whose key the last shared page of a fork has."""
+        text.cache.commit(1)
+        text.expected = torch.cat([text.expected, text.following])
 
     def write(self, text, count):
         """Commit new positions behind the ones of a text, after rows that are not committed."""
@@ -216,7 +223,7 @@ class Texts:
 @settings(max_examples=8, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from([Arena, MtpArena]))
 def test_memory_is_exhausted_only_when_all_pages_are_owned(seed, kind):
-    """At random: sequences start, fork, write, are cut off, write there, and end."""
+    """At random: sequences start, fork, write, keep a shared page, and end."""
     rng = np.random.default_rng(seed)
     texts = Texts(arena_of(24 * PAGE, PAGE, reserved=True, kind=kind), rng)
     opened(texts.arena, 1).close()
@@ -235,14 +242,19 @@ def test_memory_is_exhausted_only_when_all_pages_are_owned(seed, kind):
                 refused += 1
         elif action < 0.5:
             length = int(rng.integers(0, text.cache.length + 1))
+            if rng.random() < 0.5:  # the key behind ends a page
+                length = max(length // PAGE * PAGE - 1, 0)
+            token = {"token": 3} if kind is Arena and length < text.cache.length else {}
             capacity += length
             fits = texts.needed(capacity, length) <= texts.free
             try:
-                texts.fork(text, length, capacity)
+                texts.fork(text, length, capacity, **token)
                 assert fits
             except MemoryInUseError:
                 assert not fits
                 refused += 1
+        elif action < 0.8 and text.cache.shared_token is not None and rng.random() < 0.5:
+            texts.keep(text)
         elif action < 0.8:
             texts.write(text, int(rng.integers(1, PAGE)))  # needs no page that it has not
         else:
