@@ -26,7 +26,7 @@ require("torch")
 
 import torch
 from treeflash_cuda.backend import load
-from treeflash_cuda.cache import Arena, Slab
+from treeflash_cuda.cache import Arena, Slab, WrittenRows
 from treeflash_cuda.mtp_head import MtpArena, MtpCache
 from treeflash_cuda.state import State
 from treeflash_cuda.visible_keys import PAGE
@@ -148,6 +148,26 @@ def test_what_is_stored_does_not_depend_on_pages(kind):
             restored.load(plain, stop)
     for cache, restored in caches:
         np.testing.assert_array_equal(restored.read(), cache.read())
+
+
+@pytest.mark.parametrize("page", [1, PAGE])
+@pytest.mark.parametrize("sizes", [(30, 150, 70), (30, 70), (150,)])
+def test_rows_of_a_pass_are_written_to_the_columns_of_their_sequences(page, sizes):
+    """Rows of one slab stand among those of another; rows behind the pass's are dropped."""
+    arena = arena_of(100 * page, page)
+    caches = [opened(arena, size * page) for size in sizes]
+    assert len({cache.slab for cache in caches}) == (2 if len(sizes) == 3 else 1)
+    segments = [(cache, 5 + n, 2 + n) for n, cache in enumerate(caches)]
+    count = sum(n for *_, n in segments)
+    new = torch.randn(LAYERS, 2, 2, count + 3, 4)
+    written = WrittenRows(segments, LIKE)
+    for layer in range(LAYERS):
+        written.write(layer, *new[layer])
+    row = 0
+    for cache, first, n in segments:
+        columns = cache.columns_at(np.arange(first, first + n))
+        assert torch.equal(cache.slab.storage[:, :, :, columns], new[:, :, :, row : row + n])
+        row += n
 
 
 class Texts:

@@ -659,6 +659,8 @@ def test_what_does_not_fit_runs_without_static_shapes(windows, monkeypatch, modu
         backend.target.is_exact = backend.target.has_row_pass = True
         with pytest.raises(UnsupportedModelError, match="neither causal nor a sliding window"):
             backend.verifier.logits(trees)
+        with pytest.raises(UnsupportedModelError, match="neither causal nor a sliding window"):
+            backend.target.choose_passes()
         backend.target.is_exact = backend.target.has_row_pass = False
     together = backend.verifier.logits(trees).logits
     for (state, tree), logits in zip(trees, together, strict=True):
