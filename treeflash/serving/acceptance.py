@@ -44,7 +44,8 @@ class AcceptanceMonitor:
     """How often the first drafted token is right; the log says once that it is too rarely.
 
     Attributes:
-        share: of the latest `DRAFTS` counted drafts; None before there are as many.
+        share: the part of the latest `DRAFTS` counted drafts whose first token was right; None
+            before there are as many.
     """
 
     model: LanguageModel

@@ -28,7 +28,7 @@ class Endpoint:
 
     @property
     def output(self) -> int:
-        """Return the most tokens that an agent should ask for in one answer."""
+        """The most tokens that an agent should ask for in one answer."""
         return min(self.context // 4, MAX_OUTPUT)
 
 

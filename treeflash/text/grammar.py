@@ -59,22 +59,25 @@ class Grammar:
 
     @classmethod
     def choice(cls, texts: Sequence[str]) -> Grammar:
-        """Return one of several texts."""
+        """Accept one of several texts."""
         strings = (json.dumps(text, ensure_ascii=False) for text in texts)
         return cls.lark("start: " + " | ".join(strings))
 
     @classmethod
     def lark(cls, text: str) -> Grammar:
-        """Lark: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md."""
+        """Accept the texts of a grammar in llguidance's Lark format.
+
+        https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md describes it.
+        """
         return cls(({"lark_grammar": text},))
 
     @classmethod
     def lark_or_gbnf(cls, text: str) -> Grammar:
-        """Return a grammar in the Lark format or in llama.cpp's GBNF."""
+        """Accept the texts of a grammar in the Lark format or in llama.cpp's GBNF."""
         return cls(({ANY_FORM: text},))
 
     def either(self, other: Grammar) -> Grammar:
-        """Return the texts of this grammar and the texts of another one."""
+        """Return a grammar that accepts the texts of this one and of another one."""
         entries: list[Mapping[str, Any]] = [{"lark_grammar": f"start: @{ANSWER} | @{OTHER}"}]
         for name, (first, *others) in ((ANSWER, self.entries), (OTHER, other.entries)):
             entries += {**first, "name": name}, *others

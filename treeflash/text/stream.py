@@ -47,7 +47,7 @@ class Chunk:
 
     @property
     def log_probs(self) -> list[TokenLogProb]:
-        """Of the new tokens; empty if the configuration does not ask for them."""
+        """The log probabilities of the new tokens; empty if nobody asked for them."""
         values = self.step.log_probs
         return [] if values is None else TokenLogProb.of_tokens(self.token_ids, values)
 
