@@ -142,9 +142,10 @@ class Drafter:
         """Return the rows of a block: up to the last depth that is used, if none sees later ones.
 
         Where slots see one another, fewer rows would be other drafts, of fewer accepted tokens.
+        Convolutions know a block by its whole size.
         """
         config = self.model.config
-        if depths is None or not all(config.causal):
+        if depths is None or not all(config.causal) or config.conv_kernel_size:
             return config.block_size
         return min(config.first_slot + depths, config.block_size)
 

@@ -18,7 +18,7 @@ from treeflash.drafters.mtp_layer import Router
 from treeflash.language_model import load as load_model
 from treeflash.testing import require
 from treeflash.testing.comparisons import generate
-from treeflash.testing.models import write_dialect, write_pair
+from treeflash.testing.models import edit_config, write_dialect, write_pair
 
 require("mlx.core")
 require("mlx_lm")
@@ -70,6 +70,19 @@ def test_slots_that_nothing_sees_are_not_computed(tmp_path, dialect, causal):
     whole, few, _ = (np.array(block.hidden) for block in blocks)
     assert len(few) == 2
     np.testing.assert_allclose(few, whole[:2], atol=1e-5)
+
+
+def test_convolutions_along_causal_blocks_see_the_slots_of_their_own_block_alone(tmp_path):
+    """With fewer rows a block is shorter, and two sequences have as many rows as one long block."""
+    target, _ = write_pair(tmp_path, "qwen3")
+    write_dialect(tmp_path / "dialect", target, "dflash2", seed=2)
+    edit_config(tmp_path / "dialect", lambda config: config.update(is_causal=True))
+    backend = load(target, tmp_path / "dialect", LoadConfig())
+    assert all(backend.drafter_config.causal)
+    _, whole = drafted(backend, [*range(1, 12)], 5)
+    roots = [(drafted(backend, [*range(1, 12)], 5)[0].state, 5) for _ in range(2)]
+    for block in backend.drafter.draft(roots, 2):
+        np.testing.assert_allclose(block.hidden, whole.hidden[:2], atol=1e-5)
 
 
 def write_side_file(target, folder):
