@@ -96,6 +96,11 @@ ROPE_SCALING: dict[str, dict[str, float]] = {
 class CheckpointTests:
     families: ClassVar[tuple[str, ...]]
 
+    def test_a_backend_has_the_members_of_the_protocol(self, backend: Backend) -> None:
+        """What is missing would be found by whoever needs it, such as the command line."""
+        members = {*Backend.__annotations__, *(x for x in vars(Backend) if not x.startswith("_"))}
+        assert [name for name in sorted(members) if not hasattr(backend, name)] == []
+
     def test_dflash_folder_has_no_head(self, pair: PairMaker) -> None:
         dflash, treeflash = pair(drafter={"format": "dflash"}), pair()
         assert dflash.tested.head is None

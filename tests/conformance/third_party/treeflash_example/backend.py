@@ -12,6 +12,7 @@ class ExampleBackend:
     name, device, dtype, device_name = "example", "cpu", "float32", "NumPy"
     inexact = "float32 rounding may differ"
     stores_states = False
+    images = "the example backend runs no images"
 
     def __init__(self, target, drafter):
         self.target, self.model = target, drafter
