@@ -376,6 +376,7 @@ def test_the_best_drafter_is_kept_when_the_validation_loss_rises(run, tmp_path):
 
 
 OTHER = texts_of((5, 9), (9, 5))
+LONGER_PROMPTS = texts_of(*[(6, 14)] * 8)  # the tokens of the usual texts
 
 
 @pytest.fixture
@@ -535,6 +536,8 @@ def test_a_finished_run_is_left_as_it_is_without_its_target(steps, folder, targe
         ("stopped", {"init": "random"}, "has a run with init target, not random"),
         ("stopped", {"top_tokens": 4}, "has a run with top_tokens 8, not 4"),
         ("stopped", {"texts": OTHER}, "has a run on other responses; use the same files"),
+        ("stopped", {"texts": LONGER_PROMPTS}, "has a run on other responses; use the same files"),
+        ("finished", {"texts": LONGER_PROMPTS}, "has a run on other responses"),
         ("stopped", {"target": "other"}, "has a run with target {target}, not other"),
     ],
 )

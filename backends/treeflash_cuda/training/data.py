@@ -205,7 +205,7 @@ def fingerprint(responses: Sequence[Response], **settings: object) -> str:
     """Name the responses and settings that features were computed from."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for response in responses:
-        digest.update(json.dumps(response.token_ids).encode())
+        digest.update(json.dumps([response.prompt_ids, response.response_ids]).encode())
     return digest.hexdigest()[:16]
 
 
