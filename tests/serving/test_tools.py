@@ -7,7 +7,10 @@ import json
 import pytest
 from bodies import chat, ollama, text
 from servers import serving, submitted
-from tool_models import CHAT_TEMPLATE, RESPONSE_TEMPLATE, tool_model
+from tool_models import CHAT_TEMPLATE, FIELDS, RESPONSE_TEMPLATE, tool_model
+
+from treeflash.serving.message_parser import ResponseTemplate
+from treeflash.serving.schemas import AllowedTools
 
 PATH = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello."}]
@@ -163,6 +166,17 @@ def test_a_chosen_tool_call_parser(tmp_path, name):
         check(call)
         assert reason == "tool_calls"
         assert running.chat(tools=TOOLS, max_tokens=3).status_code == 200
+
+
+@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_calls_may_begin_and_end_with_slashes(compiler, free, parallel):
+    """Which enclose the patterns of a grammar."""
+    calls = {**FIELDS["tool_calls"], "open_pattern": "/call ", "close": "/end"}
+    template = ResponseTemplate(RESPONSE_TEMPLATE | {"fields": FIELDS | {"tool_calls": calls}})
+    functions = [{"type": "function", "function": {"name": "stop", "strict": True}}]
+    tools = AllowedTools(functions, must_call=not free, parallel=parallel)
+    assert compiler.compile(template.call_grammar(tools, free=free, param="tools"))
 
 
 def test_calls_that_cannot_be_enforced(tmp_path):
