@@ -87,7 +87,7 @@ class KernelAttention:
         segments = [(block.cache, block.committed, len(block)) for block in blocks]
         self.places = SequencesTable.of(segments, facts.heads)
         # By window: the columns that each row sees, and the table with what it masks.
-        self._layouts: dict[int | None, tuple[Tensor, SequencesTable, list[Tensor | None]]] = {}
+        self._layouts: dict[int | None, tuple[Tensor, SequencesTable]] = {}
 
     def turn(
         self,
@@ -109,14 +109,12 @@ class KernelAttention:
         """Return the bounds of what each row sees in a window, and the table with masks."""
         if window not in self._layouts:
             self._layouts[window] = self._make_layout(window)
-        return self._layouts[window][:2]
+        return self._layouts[window]
 
-    def _make_layout(
-        self, window: int | None
-    ) -> tuple[Tensor, SequencesTable, list[Tensor | None]]:
+    def _make_layout(self, window: int | None) -> tuple[Tensor, SequencesTable]:
         masks = [self._mask(block, window) for block in self.blocks]
-        addresses = [0 if mask is None else mask.data_ptr() for mask in masks]
-        table = self.places.with_masks(addresses) if any(addresses) else self.places
+        has_masks = any(mask is not None for mask in masks)
+        table = self.places.with_masks(masks) if has_masks else self.places
         bounds = []
         for block in self.blocks:
             lasts = block.committed + torch.arange(len(block))
@@ -124,7 +122,7 @@ class KernelAttention:
             if window is not None:
                 firsts = (block.positions - window + 1).clamp(min=0)
             bounds.append(torch.stack([firsts, lasts], 1))
-        return torch.cat(bounds).int(), table, masks
+        return torch.cat(bounds).int(), table
 
     def _mask(self, block: CacheBlock, window: int | None) -> Tensor | None:
         """Return the (n, n) bytes that say which new columns rows see; None up to their own."""

@@ -41,7 +41,9 @@ class SequencesTable:
         kv_heads: int,
         column_stride: int,  # between columns of the caches, in numbers
         columns: int,  # columns of the longest sequence after the pass
+        masks: Sequence[Tensor | None] = (),  # what the lines have addresses of
     ) -> None:
+        self._masks = masks
         self.kv_heads, self.columns, self._lines = kv_heads, columns, lines
         last = dict(zip(SEQUENCE, lines[0, -1].tolist(), strict=True))
         self.rows, self.units = last["row_end"], last["unit_end"]
@@ -66,11 +68,12 @@ class SequencesTable:
             lines[:, n, 2:] = head, first, count, rows, units, 0
         return cls(lines, kv_heads, stride, columns)
 
-    def with_masks(self, addresses: Sequence[int]) -> SequencesTable:
-        """Return a copy with the address of each sequence's mask; 0 for a sequence without one."""
+    def with_masks(self, masks: Sequence[Tensor | None]) -> SequencesTable:
+        """Return a copy with the mask of each sequence; None for a sequence without one."""
         lines = self._lines.copy()
+        addresses = [0 if mask is None else mask.data_ptr() for mask in masks]
         lines[..., SEQUENCE.index("mask")] = addresses
-        return SequencesTable(lines, self.kv_heads, self._counts[2], self.columns)
+        return SequencesTable(lines, self.kv_heads, self._counts[2], self.columns, masks)
 
     def first(self, count: int) -> SequencesTable:
         """Return a table of the first sequences alone."""
