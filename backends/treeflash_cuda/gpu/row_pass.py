@@ -23,7 +23,7 @@ from torch import Tensor
 from treeflash.decoding.tree import DraftTree
 from treeflash_cuda.cache import NO_PAGES, Pages, Slab
 from treeflash_cuda.gpu.graphs import MAX_ROWS, Outputs, padded_order, power_of_two, round_up
-from treeflash_cuda.gpu.state_arena import TreeWrites, WrittenTree
+from treeflash_cuda.gpu.state_arena import SlotStates, StateArena, TreeWrites, WrittenTree
 from treeflash_cuda.numerics import pack, unpack, upload
 from treeflash_cuda.recurrence import TreeNodes, plan_nodes
 from treeflash_cuda.sampling import Logits, finite_argmax
@@ -139,12 +139,8 @@ class RowTarget(Target):
         arrays += [np.concatenate(slots)[order], *placed.arrays()]
         slab, addresses = slab_of(rows[0][0]), 0
         if arena is not None:
-            recurrent = [state.recurrent for state, _ in rows if state.recurrent is not None]
-            before = [arena.adopt(states) for states in recurrent]
-            places = [0 if x is None else x.slot for x in before]
-            places += places[:1] * (trees[0] - len(rows))
-            arrays += plan_nodes([x for _, x in rows if isinstance(x, DraftTree)], *trees)
-            arrays.append(np.array(places))
+            before, recurrent = recurrent_inputs(arena, rows, *trees)
+            arrays += recurrent
             addresses = arena.slots  # a graph belongs to the tensors of an arena of this size
         shapes = tuple(array.shape for array in arrays)
         forward = functools.partial(self._forward, slab, shapes)
@@ -232,6 +228,21 @@ def rows_of(state: State, tokens: DraftTree | Sequence[int]) -> tuple[Pages, NDA
     offsets = cache.next_offsets(token_ids(tokens))
     cache.reserve_rows(int(offsets[0]), int(offsets[-1]) + 1)
     return cache.table(state.length + count), cache.columns_at(offsets)
+
+
+def recurrent_inputs(
+    arena: StateArena, rows: Sequence[Rows], trees: int, nodes: int
+) -> tuple[list[SlotStates | None], list[NDArray[np.int32]]]:
+    """Return the states before trees, and what recurrent layers read: `plan_nodes`, and slots.
+
+    The trees are filled up to `nodes`; further ones are copies of the first.
+    """
+    states = [state.recurrent for state, _ in rows if state.recurrent is not None]
+    before = [arena.adopt(x) for x in states]
+    slots = [0 if x is None else x.slot for x in before]
+    slots += slots[:1] * (trees - len(rows))
+    planned = plan_nodes([x for _, x in rows if isinstance(x, DraftTree)], trees, nodes)
+    return before, [*planned, np.array(slots, np.int32)]
 
 
 def _rectangle(sizes: NDArray[np.int64], trees: int, nodes: int) -> NDArray[np.int64]:
