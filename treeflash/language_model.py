@@ -458,7 +458,7 @@ def locate(
     **settings: Unpack[LoadOptions],
 ) -> LocatedPair:
     """Fetch a target and its drafter if needed, but load neither; see `load`."""
-    check_names(settings, options_of(LoadConfig))
+    check_names(settings, ("target", "drafter", "backend", *options_of(LoadConfig)))
     given: dict[str, Any] = dict(settings)
     if given.get("adapter") is not None:
         given["adapter"] = str(given["adapter"])

@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
 from types import UnionType
@@ -169,6 +170,12 @@ def check(config: Any, spell: Callable[[str], str] = str) -> None:
     for name, one in options_of(config.__class__).items():
         if one.owner is type(config):
             one.check(getattr(config, one.field), spell(name))
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Ask for the most similar one of `names`, in parentheses; nothing if none is similar."""
+    similar = get_close_matches(name, list(names), n=1, cutoff=0.75)
+    return "".join(f" (did you mean {name}?)" for name in similar)
 
 
 def is_whole(value: object, least: int | None = None) -> bool:

@@ -44,7 +44,8 @@ def test_signatures_and_docstrings_name_the_keywords():
 
 
 def test_an_unknown_setting_of_load_is_named():
-    with pytest.raises(ConfigError, match="unknown option 'kvbits'; options are device, dtype"):
+    meant = r"unknown option 'kvbits' \(did you mean kv_bits\?\); options are target,"
+    with pytest.raises(ConfigError, match=meant):
         treeflash.load(kvbits=8)
 
 

@@ -13,7 +13,6 @@ import tomllib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
 
@@ -37,6 +36,7 @@ from treeflash.errors import (
     is_out_of_memory,
 )
 from treeflash.interruption import repeated_if_dropped, say_interrupted
+from treeflash.option import did_you_mean
 from treeflash.text.input_file import read_text
 
 Arguments = ParamSpec("Arguments")
@@ -252,12 +252,6 @@ class Parser(argparse.ArgumentParser):
                 raise ConfigError(f"{path}: {key} cannot be {shown}: {error}") from None
             arguments += option
         return arguments
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Ask for the most similar one of `names`, in parentheses; nothing if none is similar."""
-    similar = get_close_matches(name, list(names), n=1, cutoff=0.75)
-    return "".join(f" (did you mean {name}?)" for name in similar)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, TypedDict, TypeVar
 
 from treeflash.config import Budget, DecodeConfig, HeadRows, Method, Penalties, SamplingConfig
 from treeflash.errors import ConfigError, PromptError
-from treeflash.option import Option, check, option, options_of, parse_json_object
+from treeflash.option import Option, check, did_you_mean, option, options_of, parse_json_object
 from treeflash.text.input_file import read_text
 from treeflash.text.tokenizer import check_template_args
 
@@ -235,7 +235,8 @@ def _check_token_ids(name: str, value: Any, kind: type, rule: str) -> None:
 def check_names(given: Collection[str], known: Collection[str]) -> None:
     """Raise a ConfigError for the first given option that is not known."""
     if unknown := sorted(set(given) - set(known)):
-        raise ConfigError(f"unknown option {unknown[0]!r}; options are {', '.join(known)}")
+        meant = did_you_mean(unknown[0], known)
+        raise ConfigError(f"unknown option {unknown[0]!r}{meant}; options are {', '.join(known)}")
 
 
 def lists_options(options: Collection[Option]) -> Callable[[Function], Function]:
