@@ -191,7 +191,7 @@ REQUESTS: list[tuple[Any, dict[str, Any], str]] = [
     *(
         ("hi", options, message)
         for options, message in (
-            ({"tempature": 1}, "unknown option 'tempature' (did you mean temperature?); "),
+            ({"tempature": 1}, r"unknown option 'tempature' \(did you mean temperature\?\)"),
             ({"stop": [1]}, "stop must be a string"),
             ({"stop": None}, "stop must be a string"),
             ({"stop": ["a", ""]}, "stop string is empty"),

@@ -215,6 +215,15 @@ def test_a_loss_is_a_weighted_sum(text, weights):
     assert parse_loss(text) == weights
 
 
+def test_an_output_that_is_a_file_is_refused_before_anything_is_read(tmp_path, capsys):
+    output = tmp_path / "out"
+    output.write_text("prompts")
+    assert train.main(["--responses", "missing.jsonl", "--output", str(output)]) == 2
+    message = f"error: {output} cannot be written: it is not a folder\n"
+    assert capsys.readouterr().err == message
+    assert output.read_text() == "prompts"
+
+
 def test_no_layers_are_refused_before_anything_is_loaded():
     with pytest.raises(ConfigError, match="target-layer-ids must be at least one number, each 0"):
         TrainConfig(target_layer_ids=())
