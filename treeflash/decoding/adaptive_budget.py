@@ -294,11 +294,15 @@ class AdaptiveBudget:
         return pays and self.pace(sequences).rate.seconds > 0
 
     def prune(
-        self, trees: Sequence[DraftTree], lengths: Sequence[int], other_rows: int = 0
+        self,
+        trees: Sequence[DraftTree],
+        lengths: Sequence[int],
+        others: Sequence[tuple[int, int]] = (),
     ) -> list[NDArray[np.int64]]:
         """Select the nodes of each tree that pay, ascending, with the root and every node's parent.
 
-        `lengths` are committed positions, `other_rows` other rows of the same forward pass.
+        `lengths` are committed positions. `others` are the nodes and the committed positions of
+        each other tree of the forward pass: its sequence waits for the pass, too.
         """
         counts = [len(tree) for tree in trees]
         gains = np.concatenate([self.acceptance.gains(tree) for tree in trees])
@@ -307,18 +311,22 @@ class AdaptiveBudget:
         order = np.argsort(np.where(is_root, -np.inf, -gains), kind="stable")
         expected = np.cumsum(gains[order])
         sizes = np.arange(len(trees), len(order) + 1)
-        if len(trees) == 1 and not other_rows:
+        is_lone = len(trees) == 1 and not others
+        if is_lone:
             smallest = SMALLEST if _drafted_depth(trees[0]) else 1
             sizes = self._sizes(len(order))
             sizes = sizes[sizes >= min(smallest, len(order))]
+        rows = sizes + sum(number for number, _ in others)
         reads = np.cumsum(np.asarray(lengths, np.float64)[owners[order]])
-        costs = self.costs.predict(sizes + other_rows, reads[sizes - 1], len(trees))
-        rate = self._rate(lengths)
-        if not self.pace(len(trees)).rate.seconds:
+        reads += sum(number * length for number, length in others)
+        all_lengths = [*lengths, *(length for _, length in others)]
+        costs = self.costs.predict(rows, reads[sizes - 1], len(all_lengths))
+        rate = self._rate(all_lengths)
+        if not self.pace(len(all_lengths)).rate.seconds:
             # Nothing was drafted yet: take the rate that this pass alone could reach.
-            rate = max(rate, float((expected[sizes - 1] / costs).max()))
+            rate = max(rate, float(((expected[sizes - 1] + len(others)) / costs).max()))
         best = int(sizes[np.argmax(expected[sizes - 1] - rate * costs)])
-        if len(trees) == 1 and not other_rows and _drafted_depth(trees[0]):
+        if is_lone and _drafted_depth(trees[0]):
             best = self._size_to_try(best, sizes, expected)
         kept = np.zeros(len(order), np.bool_)
         kept[order[:best]] = True

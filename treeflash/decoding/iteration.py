@@ -329,16 +329,19 @@ class Iteration:
 
     def _prune(self) -> None:
         """Prune the trees of the budget `auto`, for all sequences of a method at once."""
-        rows = sum(len(sequence.expect(Verify).tree) for sequence in self._pending(Verify))
         pruning = self._pending(Prune)
+        nodes_of = {x: len(x.expect(Verify).tree) for x in self._pending(Verify)}
+        nodes_of |= dict.fromkeys(pruning, 1)
         for method in dict.fromkeys(sequence.config.method for sequence in pruning):
             sequences = [sequence for sequence in pruning if sequence.config.method == method]
             started = time.perf_counter()
             trees = [sequence.expect(Prune).tree for sequence in sequences]
             lengths = [sequence.state.length for sequence in sequences]
-            kept = self.budget(method).prune(trees, lengths, rows)
-            rows += sum(map(len, kept))
+            own = set(sequences)
+            others = [(n, x.state.length) for x, n in nodes_of.items() if x not in own]
+            kept = self.budget(method).prune(trees, lengths, others)
             for sequence, nodes in zip(sequences, kept, strict=True):
+                nodes_of[sequence] = len(nodes)
                 sequence.add_time("tree", started)
                 if len(sequences) > 1 and "draft" in sequence.seconds:
                     if len(nodes) > 1:

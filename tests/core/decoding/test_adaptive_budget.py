@@ -138,7 +138,15 @@ class TestPruning:
         steps = {size: 1.0 if size <= 32 else 1.0 + 0.2 * (size - 32) for size in SIZES}
         budget = AdaptiveBudget(VerifyCosts(steps))
         assert sizes(budget, [fan(16, 0.05)]) == [16]
-        assert sizes(budget, [fan(16, 0.05)], other_rows=40) == [1]
+        assert sizes(budget, [fan(16, 0.05)], others=[(40, LENGTH)]) == [1]
+
+    def test_copies_of_one_text_must_pay_at_the_rate_of_all(self):
+        """A plain pass over 8 texts emits 4.7 tokens per second, and a node takes 0.1 seconds."""
+        budget = AdaptiveBudget(costs(0.1))
+        budget.pace(8).rate = budget.pace(1).rate = Rate(1.0, 1.0)
+        copy = replace(fan(4, 0.3), matches=np.full(4, 3, np.int32))
+        assert sizes(budget, [copy]) == [4]
+        assert sizes(budget, [copy], others=[(1, LENGTH)] * 7) == [1]
 
 
 def learned(*lessons, times=30):

@@ -50,9 +50,9 @@ class WatchedBudget(AdaptiveBudget):
         super().__init__(SteadyCosts(dict(COSTS)))
         self.rows, self.learned, self.first = [], [], []
 
-    def prune(self, trees, lengths, other_rows=0):
-        self.rows.append(other_rows)
-        return super().prune(trees, lengths, other_rows)
+    def prune(self, trees, lengths, others=()):
+        self.rows.append(sum(number for number, _ in others))
+        return super().prune(trees, lengths, others)
 
     def observe(self, trees, *args, first=False, **options):
         self.learned.append(len(trees))
@@ -129,7 +129,7 @@ def test_a_sequence_whose_trees_are_cut_to_the_root_is_drafted_for_more_and_more
         def begin(self, sequences=1):
             return True
 
-        def prune(self, trees, lengths, other_rows=0):
+        def prune(self, trees, lengths, others=()):
             whole = [np.arange(len(tree)) for tree in trees]
             return [whole[0][:1], *whole[1:]] if cut and len(trees) == batch else whole
 
