@@ -375,6 +375,16 @@ def test_the_best_drafter_is_kept_when_the_validation_loss_rises(run, tmp_path):
     assert f"After {best} of 40 steps" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_best_drafter_is_not_replaced_by_the_last_one_where_it_was_deleted(run, tmp_path):
+    limits = {"steps": 40, "patience": 1, "validate_every": 1, "warmup": 0.0}
+    assert len(run(learning_rate=0.05, **limits)) < 40
+    deleted = tmp_path / "out" / "model.safetensors"
+    deleted.unlink()
+    with pytest.raises(ConfigError, match="lost the drafter with the lowest validation loss"):
+        run(learning_rate=0.05, **limits)
+    assert not deleted.exists()
+
+
 OTHER = texts_of((5, 9), (9, 5))
 LONGER_PROMPTS = texts_of(*[(6, 14)] * 8)  # the tokens of the usual texts
 

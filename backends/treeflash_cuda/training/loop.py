@@ -21,7 +21,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from treeflash.config import LoadConfig
-from treeflash.errors import NumericalError
+from treeflash.errors import ConfigError, NumericalError
 from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
 from treeflash_cuda.device import choose_device, prepare
@@ -125,7 +125,7 @@ def train(
             store, config, depths, accelerator.process_index, accelerator.num_processes
         )
         validation = Validation(model, layer_ids, validation_data, depths, config)
-        step, (position, _) = first, progress(first, run.records, config, accelerator)
+        step, (position, is_best) = first, progress(first, run.records, config, accelerator)
         with delayed_signals() as signals:
             while position < config.steps:
                 rate = learning_rate(position, config)
@@ -162,6 +162,11 @@ def train(
                 if interrupt:
                     raise SystemExit(128 + interrupt)
         if not has_checkpoint(output):  # deleted after the run had finished
+            if config.patience is not None and not is_best:
+                raise ConfigError(
+                    f"{output} has lost the drafter with the lowest validation loss, and the state "
+                    "of its run is a later one; give another --output"
+                )
             export(accelerator, blocks, settings, run)
 
 
