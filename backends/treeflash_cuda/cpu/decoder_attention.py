@@ -84,8 +84,8 @@ class RowStore:
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Write (n, kv_heads, head_dim) keys and values to the KV caches of the rows' sequences."""
-        keys, values = (self._encoded(x).transpose(0, 1) for x in (keys, values))
-        self._rows.write(layer, keys, values)
+        keys, values = self._encoded(keys), self._encoded(values)
+        self._rows.write(layer, keys.transpose(0, 1), values.transpose(0, 1))
 
     def _encoded(self, x: Tensor) -> Tensor:
         """Convert (n, kv_heads, head_dim) keys or values to the format that is stored."""
