@@ -283,7 +283,7 @@ class Submitted:
     expected: tuple[int, ...]  # its tokens alone
     tokens: list[int] = field(default_factory=list)
     ended: bool = False  # by its last step, by an error, or because it was dropped
-    finished: bool = False  # by its last step
+    finished: bool = False  # by its last step, or by a stop string
 
     @property
     def all_tokens(self) -> list[int]:
@@ -381,7 +381,9 @@ class ScheduleMachine(RuleBasedStateMachine):
         requests = [*unfinished, *ended[-1:]]
         request = requests[which % len(requests)]
         self.scheduler.cancel(request, keep=keep)
-        self.submitted[request].ended = True
+        submitted = self.submitted[request]
+        submitted.finished |= keep and not submitted.ended
+        submitted.ended = True
         self.check_books()
 
     @precondition(lambda self: self.scheduler.running)
