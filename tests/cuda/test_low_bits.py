@@ -52,6 +52,7 @@ from treeflash_cuda.cpu.ir_builder import GENERIC, ISAS, Isa
 from treeflash_cuda.cpu.low_bit_code import SHARED_NUMBERS, SHARED_PRODUCTS
 from treeflash_cuda.cpu.low_bit_kernels import Kernel
 from treeflash_cuda.cpu.low_bit_loading import keeps_bits
+from treeflash_cuda.cpu.machine_code import optimised
 from treeflash_cuda.decoder import plain_config
 from treeflash_cuda.hf.model_target import ModelTarget
 from treeflash_cuda.linear import PackedLinear
@@ -369,8 +370,8 @@ def object_code(isa: Isa, weight: LowBitWeight, triple: str) -> bytes:
     features = ",".join([*(f"+{x}" for x in isa.needed), *filter(None, [isa.features])])
     target = llvm.Target.from_triple(triple)
     machine = target.create_target_machine(features=features, opt=3, reloc="pic")
-    module = llvm.parse_assembly(low_bit_code.build(isa, weight.format, threads=False))
-    return machine.emit_object(module)
+    text = low_bit_code.build(isa, weight.format, threads=False)
+    return machine.emit_object(optimised(text, machine))
 
 
 PROMPT = "the 12 the 12 the"
