@@ -97,11 +97,17 @@ class Option:
         if self.choices and self.rule is None:
             known = ", ".join(self.choices)
             raise ConfigError(f"unknown {name} {value!r}; choose one of {known}")
-        rule = self.accepted_values
-        is_fraction = isinstance(value, Real) and not isinstance(value, Integral)
-        if "or more" in rule and is_fraction and float not in self.kinds:
-            rule = f"a whole number, {rule}"
-        raise ConfigError(f"{name} must be {rule}, got {value!r}")
+        raise ConfigError(
+            f"{name} must be {self._missing_kind(value)}{self.accepted_values}, got {value!r}"
+        )
+
+    def _missing_kind(self, value: object) -> str:
+        """Return the kind of number that a value should be and is not, before `accepted_values`."""
+        if self.rule is not None or (self.literals and isinstance(value, str)):
+            return ""
+        if float in self.kinds:
+            return "" if isinstance(value, Real) else "a number, "
+        return "a whole number, " if int in self.kinds and not isinstance(value, Integral) else ""
 
     def _fits(self, value: object) -> bool:
         if self.choices and value is not None:

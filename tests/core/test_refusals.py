@@ -85,6 +85,7 @@ def test_what_each_method_needs():
 NAN, INF = float("nan"), float("inf")
 
 POSITIVE = "must be 1 or more"
+WHOLE = "must be a whole number, 1 or more"
 
 RULES: list[tuple[type, str, str, tuple[Any, ...]]] = [
     (
@@ -99,8 +100,10 @@ RULES: list[tuple[type, str, str, tuple[Any, ...]]] = [
     (SamplingConfig, "min_p", "must be between 0 and 1", (-0.5, 1.5, NAN)),
     (SamplingConfig, "seed", "must be between 0 and 2**64 - 1", ("1", -1, 2**64)),
     (DecodeConfig, "budget", "must be auto, or from 1 to 1024 nodes", (0, -3, 100_000, True)),
-    (DecodeConfig, "head_vocab", POSITIVE, ("full", -1)),
-    (DecodeConfig, "max_tokens", POSITIVE, ("16", 0)),
+    (DecodeConfig, "head_vocab", POSITIVE, (-1,)),
+    (DecodeConfig, "head_vocab", WHOLE, ("full",)),
+    (DecodeConfig, "max_tokens", POSITIVE, (0,)),
+    (DecodeConfig, "max_tokens", WHOLE, ("16",)),
     (DecodeConfig, "top_m", POSITIVE, (0,)),
     (DecodeConfig, "top_k_children", POSITIVE, (0,)),
     (
@@ -115,7 +118,7 @@ RULES: list[tuple[type, str, str, tuple[Any, ...]]] = [
     (LoadConfig, "device_map", "must be auto, or None for one device", ("balanced",)),
     (LoadConfig, "draft_bits", POSITIVE, (0,)),
     (LoadConfig, "draft_window", POSITIVE, (0,)),
-    (LoadConfig, "kv_bits", POSITIVE, ("8",)),
+    (LoadConfig, "kv_bits", WHOLE, ("8",)),
     (LoadConfig, "memory_gb", "must be above 0", (0, -1.0)),
 ]
 """By configuration and setting, the rule that a message states, and values that break it."""
@@ -204,6 +207,7 @@ REQUESTS: list[tuple[Any, dict[str, Any], str]] = [
             ({"top_p": 10**400}, "top_p must be above 0 and at most 1"),
             ({"log_probs": -1}, "log_probs must be 0 or more"),
             ({"max_tokens": 2.5}, r"max_tokens must be a whole number, 1 or more, got 2\.5"),
+            ({"top_p": "1"}, "top_p must be a number, above 0 and at most 1, got '1'"),
             ({"repetition_penalty": 0}, "repetition penalty must be above 0"),
             ({"presence_penalty": "x"}, "presence penalty must be a finite number"),
             ({"presence_penalty": 10**400}, "presence penalty must be a finite number"),
