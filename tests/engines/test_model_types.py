@@ -137,8 +137,10 @@ def check_texts(backend, texts, methods, budgets):
         steps = steps_of(backend, PROMPT, DecodeConfig(max_tokens=len(text), **settings))
         assert tokens_of(steps) == text, (method, budget)
         efficiency = (len(text) - 1) / (len(steps) - 1)
-        # A fitted drafter knows these texts, which seldom repeat what `suffix` could copy.
-        assert efficiency > (1 if method == "suffix" else 1.3), (method, budget)
+        # A fitted drafter knows these texts. They seldom repeat what `suffix` could copy, and where
+        # they are sampled its copies are right by chance.
+        if method != "suffix" or sampling.greedy:
+            assert efficiency > (1 if method == "suffix" else 1.3), (method, budget)
 
 
 @pytest.mark.sample(3)

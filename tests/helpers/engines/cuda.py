@@ -21,6 +21,10 @@ def load(target, drafter=None, **settings):
 @torch.inference_mode()
 def plain_text(folder, prompt, length):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # The cache of transformers would forget what is before windows that the model does not have.
+    for name in ("layer_types", "sliding_window"):
+        if not hasattr(type(model.config)(), name):
+            vars(model.config).pop(name, None)
     limits = {"max_new_tokens": length, "min_new_tokens": length, "eos_token_id": None}
     tokens = model.generate(torch.tensor([prompt]), do_sample=False, pad_token_id=0, **limits)
     return tokens[0, len(prompt) :].tolist()
