@@ -2,6 +2,7 @@
 
 from treeflash_cuda import target_loading
 from treeflash_cuda.backend import load
+from treeflash_cuda.decoder import operations as decoder_operations
 from treeflash_cuda.gpu.graphs import Graphs
 from treeflash_cuda.operations import Operations
 
@@ -41,6 +42,7 @@ def load_with_parts(monkeypatch, target, drafter=None, *, models=False, **settin
         if models:
             use_models(patch)
         patch.setattr(target_loading, "load_target_operations", lambda *_: Operations())
+        patch.setattr(decoder_operations, "can_pack", lambda *_: False)  # no GPU packs weights
         backend = load(target, drafter, LoadConfig(**settings))
     graphs = backend.target.graphs
     if graphs.enabled:
