@@ -641,7 +641,7 @@ Segment: TypeAlias = tuple[KVCache, int, int]
 class WrittenRows:
     """The columns that the rows of a pass write: one copy writes all sequences of a slab.
 
-    Those of a single sequence are views, if they follow one another, which make fewer operations.
+    Columns of a single sequence are a slice, if they follow one another: fewer operations.
     """
 
     def __init__(self, segments: Sequence[Segment], like: Tensor, width: int | None = None) -> None:

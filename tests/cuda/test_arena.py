@@ -153,7 +153,7 @@ def test_what_is_stored_does_not_depend_on_pages(kind):
 @pytest.mark.parametrize("page", [1, PAGE])
 @pytest.mark.parametrize("sizes", [(30, 150, 70), (30, 70), (150,)])
 def test_rows_of_a_pass_are_written_to_the_columns_of_their_sequences(page, sizes):
-    """Rows of one slab stand among those of another; rows behind the pass's are dropped."""
+    """Rows of one slab stand among rows of another; rows behind the pass's are dropped."""
     arena = arena_of(100 * page, page)
     caches = [opened(arena, size * page) for size in sizes]
     assert len({cache.slab for cache in caches}) == (2 if len(sizes) == 3 else 1)

@@ -116,7 +116,8 @@ def test_a_tiny_model_that_lacks_a_kind_of_layer_is_not_tried(
 
 
 PROMPT = [5, 17, 3, 22, 8, 11, 20]
-GREEDY, SEEDED = SamplingConfig(), SamplingConfig(temperature=0.9, seed=7)
+# Texts at higher temperatures repeat nothing in 200 tokens of some models.
+GREEDY, SEEDED = SamplingConfig(), SamplingConfig(temperature=0.5, seed=7)
 READ_LAYERS = (0, LAYERS // 2)
 
 
@@ -137,10 +138,8 @@ def check_texts(backend, texts, methods, budgets):
         steps = steps_of(backend, PROMPT, DecodeConfig(max_tokens=len(text), **settings))
         assert tokens_of(steps) == text, (method, budget)
         efficiency = (len(text) - 1) / (len(steps) - 1)
-        # A fitted drafter knows these texts. They seldom repeat what `suffix` could copy, and where
-        # they are sampled its copies are right by chance.
-        if method != "suffix" or sampling.greedy:
-            assert efficiency > (1 if method == "suffix" else 1.3), (method, budget)
+        # A fitted drafter knows these texts, which seldom repeat what `suffix` could copy.
+        assert efficiency > (1 if method == "suffix" else 1.3), (method, budget)
 
 
 @pytest.mark.sample(3)

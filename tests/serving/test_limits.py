@@ -138,7 +138,7 @@ def test_an_answer_that_stopped_holds_no_slot(serve, method, answers):
 
 @pytest.mark.parametrize("method", ["ar", "treeflash"])
 def test_an_answer_that_stopped_is_kept_for_the_next_prompt(serve, model, method):
-    """As one that ended by itself: the next prompt begins with this one."""
+    """The next prompt begins with it, as after an answer that ended by itself."""
     server = serve()
     text = model.generate("A story.", raw=True, temperature=0, max_tokens=40).text
     whole = server.complete("A story.", **FOREVER, method=method, stop=text[10:13])

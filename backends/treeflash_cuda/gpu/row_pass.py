@@ -235,7 +235,7 @@ def recurrent_inputs(
 ) -> tuple[list[SlotStates | None], list[NDArray[np.int32]]]:
     """Return the states before trees, and what recurrent layers read: `plan_nodes`, and slots.
 
-    The trees are filled up to `nodes`; further ones are copies of the first.
+    The trees are filled up to `nodes`, and copies of the first tree up to `trees`.
     """
     states = [state.recurrent for state, _ in rows if state.recurrent is not None]
     before = [arena.adopt(x) for x in states]
