@@ -1,14 +1,13 @@
 """Benchmarks, run from the repository's root: `python -m benchmarks.performance`.
 
-- `performance` runs `peers`, `decoding` and `throughput` and writes `docs/performance.md`.
-- `decoding.methods`: block efficiency and speed by method, budget and prompt set.
+- `performance` runs `peers` and `decoding` and writes `docs/performance.md`.
+- `decoding.methods`: block efficiency, speed and time by phase, by method, budget and prompt set.
 - `decoding.budgets`: the budget `auto` against fixed sizes, by prompt set.
 - `decoding.half_precision`: where drafting diverges from plain decoding in half precision.
 - `decoding.quality`: divergence and perplexity of weights of few bits.
-- `decoding.iteration`: the time of an iteration by phase.
 - `decoding.memory`: memory of the loaded pair, of a sequence, and of many sequences in a row.
-- `throughput`: many sequences at once, beside the batched generation of other packages.
-- `peers`: other systems with the same weights and prompts, each in its own process.
+- `peers`: other systems with the same weights and prompts, each in its own process; one prompt
+  after the other, or many at once.
 - `serving.load`: the HTTP server under load, whose answers are compared with plain decoding.
 - `device_report`: whether a GPU or a Mac does everything right, and how fast: one file to send.
 - `launches`: the operations and bytes of an iteration on a GPU, counted without one.

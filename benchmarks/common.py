@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: command lines, prompts, timing, random trees, tables, the machine."""
+"""The frame of all benchmarks: command lines, prompts, timing, trees, tables, the machine."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ from unittest import mock
 
 import numpy as np
 
+from treeflash.cli.console import guarded
 from treeflash.cli.options import add_option
 from treeflash.config import METHODS, Budget, DecodeConfig, Method
+from treeflash.decoding import Request, check
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.tree import DraftTree, build_tree
-from treeflash.errors import ConfigError
+from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash.evaluation.records import MEAN
 from treeflash.option import options_of
 from treeflash.text.generation import mean
@@ -55,12 +57,13 @@ class Parser(argparse.ArgumentParser):
             doc: the module's docstring, which has the command.
             json: whether there is `--json`.
         """
-        command = re.search(r"python -m benchmarks[\w.]+", doc or "")
+        name = re.search(r"python -m benchmarks\.([\w.]+)", doc or "")
         super().__init__(
-            prog=command and command[0],
+            prog=name and name[0],
             description=doc,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        self.set_defaults(benchmark=name and name[1])
         if json:
             self.add_argument(
                 "--json", type=output_file, metavar="FILE", help="write the results to this file"
@@ -133,6 +136,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def command(
+    parser: Callable[[], Parser],
+) -> Callable[[Callable[[argparse.Namespace], int]], Callable[..., int]]:
+    """Make a function of parsed arguments the main function of a benchmark."""
+
+    def decorate(run: Callable[[argparse.Namespace], int]) -> Callable[..., int]:
+        def main(argv: Sequence[str] | None = None) -> int:
+            return run(parser().parse_args(argv))
+
+        return guarded(main)
+
+    return decorate
 
 
 def output_file(name: str) -> Path:
@@ -259,20 +276,27 @@ def mean_row(rows: Sequence[Row], case: Row, figures: Sequence[str]) -> Row:
 
 def supported_methods(backend: Backend) -> list[Method]:
     """List the methods that a pair supports."""
-    drafter, has_head = backend.drafter_config, backend.head is not None
-    has_marginals = drafter is not None and drafter.has_marginals
-    return [
-        method
-        for method in METHODS
-        if method in ("ar", "suffix")
-        or (has_head if method.startswith("treeflash") else has_marginals)
-    ]
+    methods = []
+    for method in METHODS:
+        with suppress(ConfigError, UnsupportedModelError):
+            check(backend, Request(prompt_ids=(0,), config=DecodeConfig(method=method)))
+            methods.append(method)
+    return methods
 
 
 def describe(backend: Backend) -> dict[str, str]:
     """Describe the backend, the device and the dtype of a pair."""
     device = "cpu" if backend.device == "cpu" else backend.device_name
     return {"backend": backend.name, "device": device, "dtype": backend.dtype}
+
+
+def publish(args: argparse.Namespace, about: Row, **tables: Sequence[Row]) -> int:
+    """Print tables and write them, with what all of them are about; returns the exit status."""
+    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about.items())
+    for name, rows in tables.items():
+        show(f"{args.benchmark}, {name}: {facts}", rows)
+    write_json(args.json, args.benchmark, about | tables)
+    return 0
 
 
 def write_json(path: Path | None, benchmark: str, results: Row) -> None:

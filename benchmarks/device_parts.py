@@ -11,7 +11,7 @@ import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
@@ -28,18 +28,18 @@ from benchmarks.common import (
     random_tree,
     supported_methods,
 )
-from benchmarks.peers.pair import setup_of
-from benchmarks.peers.system import BASELINES, SYSTEMS, Peer
+from benchmarks.decoding.methods import Case, Text, decode, figures
+from benchmarks.peers.comparison import decode_seconds, new_tokens
+from benchmarks.peers.system import BASELINES, SYSTEMS, Peer, setup_of
 from benchmarks.report import LeftOutError, Part
 from treeflash.cli.options import load_model, locate_model
-from treeflash.config import LoadConfig, Method, SamplingConfig
+from treeflash.config import AUTO, LoadConfig, Method, SamplingConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.decoding.session import SequenceSession
 from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash.hub.models import resolve_target
 from treeflash.language_model import LanguageModel, LocatedPair
 from treeflash.registry import loader
-from treeflash.text.generation import PHASES, Generation, mean
 from treeflash.text.prompt import encode
 from treeflash.text.tokenizer import Tokenizer
 
@@ -190,8 +190,7 @@ def peer(device: Device, part: Part) -> None:
     request = {"method": "generate", "budget": None, "max_tokens": device.args.max_tokens}
     with closing(Peer(system, setup, os.cpu_count() or 1)) as worker:
         _, *answers = [worker.ask(request | {"prompts": [x]}) for x in (first, first, *rest)]
-    tokens = sum(len(answer["token_ids"][0]) for answer in answers)
-    speed = tokens / sum(answer["seconds"] for answer in answers)
+    speed = sum(map(new_tokens, answers)) / sum(map(decode_seconds, answers))
     part.add("methods", system=name, method="generate", tokens_per_s=speed)
 
 
@@ -212,37 +211,30 @@ def exact(device: Device, part: Part) -> None:
 
 def method_rows(
     model: LanguageModel, methods: Sequence[Method], prompts: Sequence[list[int]], max_tokens: int
-) -> list[Row]:
+) -> Iterator[Row]:
     """Measure methods, plain decoding first, which take turns; the first prompt warms up.
 
     `equal` counts the texts of plain decoding, and `equal_up_to` is the first token that differs in
     any text. In half precision without exact mode, two tokens of nearly equal probability can swap.
     """
-    generations: dict[Method, list[Generation]] = {method: [] for method in methods}
-    seconds = dict.fromkeys(methods, 0.0)
-    for number, (prompt, method) in enumerate(product([prompts[0], *prompts], methods)):
-        started = time.perf_counter()
-        generation = model.generate(prompt, method=method, max_tokens=max_tokens)
-        if number >= len(methods):
-            seconds[method] += time.perf_counter() - started
-            generations[method].append(generation)
-    plain = generations[methods[0]]
-    rows: list[Row] = []
-    for method, found in generations.items():
-        lengths = [n for generation in found for n in generation.accepted_lengths]
-        texts = [(x.token_ids, y.token_ids) for x, y in zip(plain, found, strict=True)]
-        tokens_per_s = sum(len(ids) for _, ids in texts) / seconds[method]
-        row: Row = {"system": "treeflash", "method": method, "tokens_per_s": tokens_per_s}
-        row["ratio_to_ar"] = tokens_per_s / (rows[0]["tokens_per_s"] if rows else tokens_per_s)
-        row |= {"block_efficiency": mean(lengths), "prompts": len(texts)}
-        row |= {
-            "equal": sum(x == y for x, y in texts),
-            "equal_up_to": min(first_difference(*pair) for pair in texts),
+    texts: dict[Method, list[Text]] = {method: [] for method in methods}
+    for prompt, method in product([prompts[0], *prompts], methods):
+        texts[method].append(decode(model, prompt, Case(method, AUTO, None), max_tokens=max_tokens))
+    plain = texts[methods[0]][1:]
+    for method, (_, *found) in texts.items():
+        pairs = [
+            (x.generation.token_ids, y.generation.token_ids)
+            for x, y in zip(plain, found, strict=True)
+        ]
+        yield {
+            "system": "treeflash",
+            "method": method,
+            **figures(found, plain),
+            "paused": sum(text.generation.paused_iterations for text in found),
+            "prompts": len(found),
+            "equal": sum(x == y for x, y in pairs),
+            "equal_up_to": min(first_difference(*pair) for pair in pairs),
         }
-        for phase in PHASES[1:]:
-            row[f"{phase}_ms"] = 1000 * sum(g.seconds[phase] for g in found) / max(1, len(lengths))
-        rows.append(row)
-    return rows
 
 
 def verify_rows(

@@ -40,7 +40,6 @@ from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.language_model import LanguageModel
 from treeflash.registry import examine_device
-from treeflash.text.generation import mean
 
 PLAIN_CONTEXTS, PLAIN_TOKENS = (64, 8192), 32
 AHEAD_AFTER = 2
@@ -74,29 +73,15 @@ def machine(mac: Mac, part: Part) -> None:
 
 
 def speed_and_kernels(mac: Mac, part: Part) -> None:
-    """Measure every method, four texts at once, what `auto` chose, and the layers' own kernels."""
+    """Measure every method, four texts at once, what passes cost, and the layers' own kernels."""
     model = speed(mac, part)
     add_kernels(part, device_report(model.backend))
     prompts, methods = prompt_ids(model.tokenizer), supported_methods(model.backend)
-    for method in methods[1:]:
-        part.add("budgets", **budget_row(model, method, prompts[0], mac.args.max_tokens))
     budget = model.adaptive_budgets.get(methods[-1], model.backend)
     for nodes, seconds in budget.costs.seconds.items():
         part.add("costs", nodes=nodes, pass_ms=1000 * seconds)
     for method in (methods[0], methods[min(3, len(methods) - 1)]):
         part.add("together", **together_row(model, method, prompts, mac.args.max_tokens))
-
-
-def budget_row(model: LanguageModel, method: Method, prompt: list[int], max_tokens: int) -> Row:
-    """Return the nodes and the depth of trees with the budget `auto`, on average."""
-    steps = [chunk.step for chunk in model.stream(prompt, method=method, max_tokens=max_tokens)]
-    trees = [step.tree for step in steps if step.tree is not None]
-    return {
-        "method": method,
-        "nodes": mean([len(tree) for tree in trees]),
-        "depth": mean([int(tree.depths.max()) for tree in trees]),
-        "without_draft": sum(len(tree) == 1 for tree in trees),
-    }
 
 
 def together_row(

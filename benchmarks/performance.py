@@ -11,12 +11,13 @@ the tables are written from the results. Nothing else should run on the machine 
 from __future__ import annotations
 
 import json
-import re
+import shlex
 import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,165 +55,160 @@ def parser() -> Parser:
     return options
 
 
-def words(args: Namespace) -> dict[str, list[str]]:
-    """Return what the commands of sections are filled in with, and refuse what they cannot do."""
+def words(args: Namespace) -> dict[str, str]:
+    """Return what names in braces stand for in commands, and refuse what these cannot do."""
     if "systems" in args.only and args.backend not in BASELINES:
         raise ConfigError(f"no other system has the backend {args.backend!r}; see --only")
     if args.gguf is None and set(OF_FILES) & set(args.only):
         raise ConfigError("a comparison with llama.cpp needs a file: --gguf FILE")
+    lists = {name: ",".join(map(str, x)) for name, x in vars(args).items() if isinstance(x, list)}
     options = {name: getattr(args, name) for name in ("device", "target", "drafter")}
-    files = [x for name, value in options.items() if value for x in (f"--{name}", value)]
-    backends, systems, gguf = args.backend, f"{BASELINES.get(args.backend)},treeflash", []
-    if args.gguf is not None:
-        backends, systems, gguf = f"{backends},gguf", f"{systems},llama.cpp", [str(args.gguf)]
     sets = [str(path.resolve()) for path in args.prompts]
+    has_gguf, gguf = args.gguf is not None, shlex.quote(str(args.gguf))
     return {
-        "sets": sets,
-        "first": sets[:1],
-        "backend": [args.backend],
-        "backends": [backends],
-        "systems": [systems],
+        **{name: str(value) for name, value in vars(args).items()},
+        **lists,
+        "sets": shlex.join(sets),
+        "first": shlex.join(sets[:1]),
+        "backends": args.backend + ",gguf" * has_gguf,
+        "systems": f"{BASELINES.get(args.backend)},treeflash" + ",llama.cpp" * has_gguf,
         "gguf": gguf,
-        "with_gguf": ["--gguf", *gguf] if gguf else [],
-        "dtype": [args.dtype],
-        "files": files,
-        "dequantised": ["--bits", "16"] if args.target is None else [],
-        "limit": [str(args.limit)],
-        "few": ["--limit", str(args.few), "--max-tokens", str(args.max_tokens)],
-        "tokens": [str(args.max_tokens)],
-        "memory_tokens": [str(args.memory_tokens)],
-        "budgets": [",".join(map(str, args.budgets))],
-        "fixed": [",".join(str(size) for size in args.budgets if size != AUTO)],
-        "threads": [",".join(map(str, args.threads))],
-        "concurrency": [",".join(map(str, args.concurrency))],
+        "with_gguf": f"--gguf {gguf}" * has_gguf,
+        "files": " ".join(f"--{name} {shlex.quote(x)}" for name, x in options.items() if x),
+        "dequantised": "--bits 16" * (args.target is None),
+        "fixed": ",".join(str(size) for size in args.budgets if size != AUTO),
     }
 
 
-def fill_in(command: str, found: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the words of a command, in which a name in braces stands for some words."""
-    parts = [re.split(r"[{}]", word) for word in command.split()]
-    return [x for part in parts for x in (found[part[1]] if len(part) > 1 else part)]
+def by_set(results: Row, case: str, figure: str, means: Mapping[str, str]) -> str:
+    """Format a table of a figure: a line for each case, a column for each set and their mean.
 
-
-def by_set(rows: Iterable[Row], case: Sequence[str], figure: str) -> list[Row]:
-    """Format a line for each case, with a column of the figure for each set and their mean."""
+    Args:
+        results: their `rows` are all cases of all sets, and then the means.
+        case: the columns that name a case.
+        figure: the column with the figure.
+        means: columns of other figures, of which the table has the means, by their titles.
+    """
     lines: dict[tuple[object, ...], Row] = {}
-    for row in rows:
-        columns = {name: row[name] for name in case}
+    for row in sorted(results["rows"], key=lambda row: -row.get("threads", 0)):
+        columns = {name: row[name] for name in case.split()}
         line = lines.setdefault(tuple(columns.values()), columns)
         line[row["set"]] = row[figure]
-    return list(lines.values())
+        if row["set"] == MEAN:
+            line |= {title: row[name] for title, name in means.items()}
+    return markdown_table(list(lines.values()))
 
 
-def systems_tables(results: Row) -> list[str]:
-    """Build the table of tokens per second by set, with the mean ratio to `generate`."""
-    case = ("system", "method", "budget")
-    lines = by_set(results["rows"], case, "tokens_per_s")
-    means = [row for row in results["rows"] if row["set"] == MEAN]
-    for line, row in zip(lines, means, strict=True):
-        line["ratio to generate"] = row["ratio_to_generate"]
-    return [markdown_table(lines)]
+def as_it_is(results: Row, name: str = "rows") -> str:
+    """Format rows of the results."""
+    return markdown_table(results[name])
 
 
-def gguf_tables(results: Row) -> list[str]:
-    """Build the table of tokens per second by set, and of what they have to llama.cpp's."""
-    lines = by_set(results["rows"], ("threads", "system", "method"), "tokens_per_s")
-    means = [row for row in results["rows"] if row["set"] == MEAN]
-    for line, row in zip(lines, means, strict=True):
-        line["of a processor's second"] = row["tokens_per_processor_s"]
-        line["block efficiency"] = row["block_efficiency"]
-        line["ratio to llama.cpp"] = row["ratio_to_llama_cpp"]
-    lines.sort(key=lambda line: -line["threads"])
-    return [markdown_table(lines)]
+def throughput(results: Row, figure: str, title: str, ratios: Mapping[str, str]) -> str:
+    """Format a table of a figure: a line for each number of sequences, a column for each case.
+
+    `ratios` are columns of treeflash's trees, by their titles.
+    """
+    lines: dict[int, Row] = {}
+    for row in results["rows"]:
+        if row["set"] == MEAN:
+            line = lines.setdefault(row["concurrency"], {"sequences": row["concurrency"]})
+            line[f"{row['system']}, {row['method']}, {title}"] = row[figure]
+            if row["method"] == "treeflash":
+                line |= {name: row[ratio] for name, ratio in ratios.items()}
+    return markdown_table(list(lines.values()))
 
 
-def methods_tables(results: Row) -> list[str]:
-    """Build tables of block efficiency and of speed relative to plain decoding."""
-    case = ("method", "budget")
-    means = [row for row in results["rows"] if row["set"] == MEAN]
-    tables = [by_set(results["rows"], case, x) for x in ("block_efficiency", "ratio_to_ar")]
-    for line, row in zip(tables[1], means, strict=True):
-        line["tokens/s"] = row["tokens_per_s"]
-    return [markdown_table(table) for table in tables]
-
-
-def budgets_tables(results: Row) -> list[str]:
-    """Build the table of tokens per second by set."""
-    return [markdown_table(results["rows"])]
-
-
-def throughput_tables(results: Row) -> list[str]:
-    """Build tables of tokens per second and time to the first token, by sequences."""
-    speeds: dict[int, Row] = {}
-    waits: dict[int, Row] = {}
+def iteration(results: Row) -> str:
+    """Format the milliseconds by phase, and the share outside the passes of both models."""
+    phases = ("draft_ms", "tree_ms", "verify_ms", "commit_ms")
+    lines = []
     for row in results["rows"]:
         if row["set"] != MEAN:
-            continue
-        name, count = f"{row['system']}, {row['method']}", row["concurrency"]
-        speed, wait = (lines.setdefault(count, {"sequences": count}) for lines in (speeds, waits))
-        speed[f"{name}, tokens/s"] = row["tokens_per_s"]
-        wait[f"{name}, first token, s"] = row["first_token_s"]
-        if row["method"] == "treeflash":
-            speed |= {
-                "treeflash to ar": row["ratio_to_ar"],
-                "treeflash to generate": row["ratio_to_padded"],
-                "treeflash to one sequence": row["ratio_to_one"],
-            }
-    return [markdown_table(list(lines.values())) for lines in (speeds, waits)]
-
-
-def iteration_tables(results: Row) -> list[str]:
-    """Build the table of milliseconds by phase."""
-    rows = [{name.replace("_", " "): row[name] for name in row} for row in results["phases"]]
-    return [markdown_table(rows)]
-
-
-def memory_tables(results: Row) -> list[str]:
-    """Build the table of a sequence's memory, and of the peak."""
-    return [markdown_table(results["sequence"]), markdown_table(results["peak"])]
+            line = {name: row[name] for name in ("method", "budget", "nodes", *phases)}
+            line["iteration_ms"] = total = sum(row[name] for name in phases)
+            line["outside"] = (row["tree_ms"] + row["commit_ms"]) / total
+            lines.append({name.replace("_", " "): value for name, value in line.items()})
+    return markdown_table(lines)
 
 
 class Section(NamedTuple):
     """A section of the page.
 
     Attributes:
-        command: the module and the options of its benchmark; see `fill_in`.
-        tables: its tables, from the benchmark's results.
+        command: the module and the options of its benchmark; see `words`.
+        tables: functions that format its tables, from the benchmark's results.
     """
 
     command: str
-    tables: Callable[[Row], list[str]]
+    tables: Sequence[Callable[[Row], str]]
 
 
-PAIR = "--backend {backend} --dtype {dtype} {files}"
+FEW = "--limit {few} --max-tokens {max_tokens}"
+METHODS = f"--backend {{backend}} --dtype {{dtype}} {{files}} {FEW} --budgets"
 BESIDE_LLAMA_CPP = (
     "peers {sets} --backends {backends} --methods generate,input-lookup,ar,%s --systems "
     "treeflash,llama.cpp --threads {threads} --device cpu --dtype auto --target {gguf} --gguf "
-    "{gguf} {few}"
+    f"{{gguf}} {FEW}"
 )
-BUDGETS = "decoding.budgets {sets} --backend {backend} {files}%s {few} --budgets {fixed}"
+BUDGETS = f"decoding.budgets {{sets}} --backend {{backend}} {{files}}%s {FEW} --budgets {{fixed}}"
+BESIDE = partial(
+    by_set,
+    case="threads system method",
+    figure="tokens_per_s",
+    means={
+        "of a processor's second": "tokens_per_processor_s",
+        "block efficiency": "block_efficiency",
+        "ratio to llama.cpp": "ratio_to_llama_cpp",
+    },
+)
+BY_METHOD = partial(by_set, case="method budget")
+RATIOS = {
+    "treeflash to ar": "ratio_to_ar",
+    "treeflash to generate": "ratio_to_generate",
+    "treeflash to one sequence": "ratio_to_one",
+}
 SECTIONS = {
     "systems": Section(
         "peers {sets} --backends {backends} --methods generate,ar,treeflash --systems {systems} "
-        "--dtype {dtype} {files} {with_gguf} --limit {limit} --max-tokens {tokens}",
-        systems_tables,
+        "--dtype {dtype} {files} {with_gguf} --limit {limit} --max-tokens {max_tokens}",
+        [
+            partial(
+                by_set,
+                case="system method budget",
+                figure="tokens_per_s",
+                means={"ratio to generate": "ratio_to_generate"},
+            )
+        ],
     ),
-    "gguf": Section(BESIDE_LLAMA_CPP % "treeflash", gguf_tables),
-    "gguf-copies": Section(BESIDE_LLAMA_CPP % "suffix", gguf_tables),
+    "gguf": Section(BESIDE_LLAMA_CPP % "treeflash", [BESIDE]),
+    "gguf-copies": Section(BESIDE_LLAMA_CPP % "suffix", [BESIDE]),
     "methods": Section(
-        f"decoding.methods {{sets}} {PAIR} {{few}} --budgets {{budgets}}", methods_tables
+        f"decoding.methods {{sets}} {METHODS} {{budgets}}",
+        [
+            partial(BY_METHOD, figure="block_efficiency", means={}),
+            partial(BY_METHOD, figure="ratio_to_ar", means={"tokens/s": "tokens_per_s"}),
+        ],
     ),
-    "budgets-float32": Section(BUDGETS % " --dtype float32 {dequantised}", budgets_tables),
-    "budgets-bfloat16": Section(BUDGETS % " --dtype bfloat16 {dequantised}", budgets_tables),
-    "budgets-own": Section(BUDGETS % "", budgets_tables),
+    "budgets-float32": Section(BUDGETS % " --dtype float32 {dequantised}", [as_it_is]),
+    "budgets-bfloat16": Section(BUDGETS % " --dtype bfloat16 {dequantised}", [as_it_is]),
+    "budgets-own": Section(BUDGETS % "", [as_it_is]),
     "throughput": Section(
-        f"throughput {{sets}} {PAIR} {{few}} --methods ar,treeflash,generate,batch_generate "
-        "--concurrency {concurrency}",
-        throughput_tables,
+        "peers {sets} --backends {backend} --dtype {dtype} {files} "
+        f"{FEW} --methods ar,treeflash,generate,batch_generate --concurrency {{concurrency}}",
+        [
+            partial(throughput, figure="tokens_per_s", title="tokens/s", ratios=RATIOS),
+            partial(throughput, figure="first_token_s", title="first token, s", ratios={}),
+        ],
     ),
-    "iteration": Section(f"decoding.iteration {{first}} {PAIR} {{few}}", iteration_tables),
+    "iteration": Section(
+        f"decoding.methods {{first}} {METHODS} 16,64 --methods dflash,ddtree,treeflash",
+        [iteration],
+    ),
     "memory": Section(
-        f"decoding.memory {{first}} {PAIR} --max-tokens {{memory_tokens}}", memory_tables
+        "decoding.memory {first} --backend {backend} --dtype {dtype} {files} --max-tokens "
+        "{memory_tokens}",
+        [partial(as_it_is, name="sequence"), partial(as_it_is, name="peak")],
     ),
 }
 """The measured sections, by the name of their block on the page."""
@@ -250,7 +246,8 @@ def block(section: Section, results: Row | None) -> str:
     device = results.get("device", "cpu")
     processor = f"{computer['cpu']}, {computer['cores']} cores"
     where = f"{computer['date']}, {processor if device == 'cpu' else device}, {versions}:"
-    return "\n\n".join([*section.tables(results), where, f"```sh\n{results['command']}\n```"])
+    tables = [table(results) for table in section.tables]
+    return "\n\n".join([*tables, where, f"```sh\n{results['command']}\n```"])
 
 
 def render(page: str, results: dict[str, Row]) -> str:
@@ -298,7 +295,7 @@ def main(argv: Sequence[str] | None = None, page: Path = PAGE, parts: Path = UNF
     results = read_results(page)
     found = words(args) if args.prompts else {}
     for name in args.only if args.prompts else ():
-        results[name] = measure(name, fill_in(SECTIONS[name].command, found), parts)
+        results[name] = measure(name, shlex.split(SECTIONS[name].command.format(**found)), parts)
         write_results(page, results)
     text = page.read_text(encoding="utf-8")
     page.write_text(render(text, results), encoding="utf-8")

@@ -17,9 +17,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import Parser, Row, describe, show, write_json
+from benchmarks.common import Parser, Row, command, describe, show, write_json
 from benchmarks.decoding.methods import Case, measure
-from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
 from treeflash.config import AUTO
 from treeflash.decoding.interfaces import warm_up
@@ -59,10 +58,9 @@ def kept_rows(file: Path | None, settings: dict[str, str]) -> list[Row]:
     return list(results["rows"]) if results["settings"] == settings else []
 
 
-@guarded
-def main(argv: Sequence[str] | None = None) -> int:
+@command(parser)
+def main(args: Namespace) -> int:
     """Measure, print, write."""
-    args = parser().parse_args(argv)
     cases = [
         Case("ar", AUTO, None),
         *(Case("treeflash", size, True) for size in (*args.budgets, AUTO)),
@@ -71,17 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_model(args)
     warm_up(model.backend, 1)
     pair, options = describe(model.backend), vars(args).copy()
-    sets, file = options.pop("prompts"), options.pop("json")
-    settings = {name: str(value) for name, value in options.items()}
+    sets, file, name = (options.pop(x) for x in ("prompts", "json", "benchmark"))
+    settings = {key: str(value) for key, value in options.items()}
     rows = kept_rows(file, settings)
     for path in sets:
-        if path.stem in [row["set"] for row in rows]:
-            continue
-        part = Namespace(**options, prompts=[path])
-        rows += rows_of(measure(model, part, cases))
-        write_json(file, "budgets", pair | {"settings": settings, "rows": rows})
-    title = f"tokens per second, {', '.join(pair.values())}, {args.max_tokens} tokens per prompt"
-    show(title, rows)
+        if path.stem not in [row["set"] for row in rows]:
+            rows += rows_of(measure(model, Namespace(**options, prompts=[path]), cases))
+            write_json(file, name, pair | {"settings": settings, "rows": rows})
+    show(
+        f"tokens per second, {', '.join(pair.values())}, {args.max_tokens} tokens per prompt", rows
+    )
     return 0
 
 

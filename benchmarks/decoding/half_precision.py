@@ -12,9 +12,9 @@ that size. The records of a case are kept in the file `--texts`, and a later run
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from itertools import product
 from operator import ne
@@ -27,13 +27,12 @@ from rich.progress import track
 from benchmarks.common import (
     Parser,
     Row,
+    command,
     describe,
     first_difference,
+    publish,
     read_prompts,
-    show,
-    write_json,
 )
-from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, load_model
 from treeflash.cli.single_prompt import spacing
 from treeflash.config import AUTO, DTYPES, METHODS
@@ -56,7 +55,7 @@ def parser() -> Parser:
     return options
 
 
-def compare_texts(args: argparse.Namespace, model: LanguageModel) -> list[Row]:
+def compare_texts(args: Namespace, model: LanguageModel) -> list[Row]:
     """Return one row per set, temperature, method, budget and number of sequences at once."""
     rows = []
     shared = {"dtype": model.backend.dtype, "exact": model.backend.inexact is None}
@@ -107,16 +106,14 @@ def first_margin(
     drafted: list[list[int]],
 ) -> Row:
     """Return plain decoding's largest margin between two logits at the first token that differs."""
-    found: Row = {"margin": None, "spacing": None}
+    margins: list[tuple[float | None, float | None]] = []
     for prompt, expected, actual in zip(prompts, plain, drafted, strict=True):
-        if expected == actual:
-            continue
-        known = expected[: first_difference(expected, actual)]
-        logits = model.stream(prompt, method="ar").next_logits(known)
-        second, best = np.sort(logits)[-2:].tolist()
-        if found["margin"] is None or best - second > found["margin"]:
-            found = {"margin": best - second, "spacing": spacing(best, model.backend.dtype)}
-    return found
+        if expected != actual:
+            known = expected[: first_difference(expected, actual)]
+            logits = model.stream(prompt, method="ar").next_logits(known)
+            second, best = np.sort(logits)[-2:].tolist()
+            margins.append((best - second, spacing(best, model.backend.dtype)))
+    return dict(zip(("margin", "spacing"), max(margins, default=(None, None)), strict=True))
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -127,18 +124,15 @@ def summary(rows: Sequence[Row]) -> str:
     return f"{differ} of {texts} texts differ from plain decoding"
 
 
-@guarded
-def main(argv: Sequence[str] | None = None) -> int:
+@command(parser)
+def main(args: Namespace) -> int:
     """Measure, print, write."""
-    args = parser().parse_args(argv)
     texts: list[Row] = []
     for dtype in args.dtypes:
-        model = load_model(argparse.Namespace(**{**vars(args), "dtype": dtype}))
+        model = load_model(args, dtype=dtype)
         texts += compare_texts(args, model)
-    pair = describe(model.backend)
-    show(f"half precision, {', '.join(pair.values())}", texts)
+    publish(args, describe(model.backend), rows=texts)
     print(summary(texts), flush=True)
-    write_json(args.json, "half_precision", pair | {"rows": texts})
     return 0
 
 

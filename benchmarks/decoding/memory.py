@@ -13,12 +13,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Parser, Row, describe, read_prompts, show, write_json
-from treeflash.cli.console import guarded
+from benchmarks.common import Parser, Row, command, describe, publish, read_prompts
 from treeflash.cli.options import add_model_options, load_model
 
 MIB = 2**20
@@ -53,10 +52,9 @@ def peak_bytes(backend: Any) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-@guarded
-def main(argv: Sequence[str] | None = None) -> int:
+@command(parser)
+def main(args: Namespace) -> int:
     """Measure, print, write."""
-    args = parser().parse_args(argv)
     model = load_model(args)
     backend: Any = model.backend
     drafts = backend.drafter is not None
@@ -69,12 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in range(1, args.sequences + 1):
         model.generate(ids, max_tokens=args.max_tokens, stop_token_ids=())
         peak.append({"after": f"sequence {number}", "mib": peak_bytes(backend) / MIB})
-    pair = describe(backend)
-    show(f"memory of a sequence, {', '.join(pair.values())}", sequence)
-    show("peak memory", peak)
-    results = {"max_tokens": args.max_tokens, "sequence": sequence, "peak": peak}
-    write_json(args.json, "memory", pair | results)
-    return 0
+    about = describe(backend) | {"max_tokens": args.max_tokens}
+    return publish(args, about, sequence=sequence, peak=peak)
 
 
 if __name__ == "__main__":

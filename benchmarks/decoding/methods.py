@@ -1,37 +1,34 @@
-"""Block efficiency and speed of the decoding methods, by budget and prompt set.
+"""Block efficiency, speed and time by phase of the decoding methods, by budget and prompt set.
 
     python -m benchmarks.decoding.methods gsm8k.jsonl --budgets 16,64,auto [--json FILE]
 
 Every prompt is decoded by every method in turn before the next prompt, so that a disturbance of the
 machine affects all of them. Every method is made to write the tokens of plain decoding (`ar`). In
 half precision a near-tie can resolve differently in a tree than alone, and then the sequences
-diverge; sequences differ in how easy they are to draft by more than methods do. Ratios compare the
-total time of a set's sequences.
+diverge; sequences differ in how easy they are to draft by more than methods do. Speeds and ratios
+are of the total time of a set's iterations. Nodes of a tree and milliseconds of the phases of an
+iteration are medians; work that a phase leaves running on the device counts towards the next phase
+that waits for it.
 
-`--suffix on,off` compares the trees of a drafter with and
-without copies of the text; `benchmarks/prompts` has sets whose answers repeat their prompts.
+`--suffix on,off` compares the trees of a drafter with and without copies of the text;
+`benchmarks/prompts` has sets whose answers repeat their prompts.
 """
 
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from itertools import product
+from statistics import median
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from rich.progress import track
 
-from benchmarks.common import (
-    Parser,
-    Row,
-    describe,
-    mean_row,
-    show,
-    write_json,
-)
-from treeflash.cli.console import guarded
+from benchmarks.common import Parser, Row, command, describe, mean_row, publish
 from treeflash.cli.options import add_model_options, load_model
 from treeflash.config import AUTO, METHODS, Budget, Method
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
@@ -44,10 +41,11 @@ from treeflash.decoding.interfaces import (
     Verify,
     warm_up,
 )
+from treeflash.decoding.loop import Step
 from treeflash.decoding.sampling import SampledTokens
-from treeflash.evaluation.records import MEAN
+from treeflash.errors import ConfigError
 from treeflash.language_model import LanguageModel
-from treeflash.text.generation import Generation, mean
+from treeflash.text.generation import PHASES, Generation, mean
 from treeflash.text.prompt import Prompt, read_rows
 
 TREE_METHODS = ("ddtree", "treeflash", "suffix")
@@ -123,8 +121,36 @@ class Case(NamedTuple):
         return {"method": self.method, "budget": self.budget, **suffix}
 
 
-Runs: TypeAlias = dict[Case, list[Generation]]
-"""Generations of the same prompts in the same order, by case."""
+class Text(NamedTuple):
+    """A generated text, and the steps in which it was decoded after the prefill."""
+
+    generation: Generation
+    steps: Sequence[Step]
+
+
+def decode(model: LanguageModel, prompt: Prompt, case: Case, **options: Any) -> Text:
+    """Decode a prompt as the case says."""
+    stream = model.stream(prompt, **case.options, **options)
+    return Text(stream.run(), stream.steps[1:])
+
+
+def figures(texts: Sequence[Text], plain: Sequence[Text]) -> Row:
+    """Return the figures of texts, also relative to plain decoding of their prompts."""
+    steps = [step for text in texts for step in text.steps]
+    seconds = {name: [step.seconds.get(name, 0.0) for step in steps] for name in PHASES[1:]}
+    return {
+        "block_efficiency": mean(x for text in texts for x in text.generation.accepted_lengths),
+        "tokens_per_s": speed(texts),
+        "ratio_to_ar": speed(texts) / speed(plain),
+        "nodes": round(median(len(step.tree) for step in steps if step.tree is not None)),
+        **{f"{name}_ms": 1000 * median(values) for name, values in seconds.items()},
+    }
+
+
+def speed(texts: Sequence[Text]) -> float:
+    """Return the tokens of the iterations of all texts per second."""
+    generations = [text.generation for text in texts]
+    return sum(sum(x.accepted_lengths) for x in generations) / sum(x.decode_s for x in generations)
 
 
 def parser() -> Parser:
@@ -158,71 +184,49 @@ def make_cases(
     ]
 
 
-def set_row(name: str, case: Case, runs: Runs) -> Row:
-    """Return the figures of a case on one prompt set."""
-    generations, plain = runs[case], next(iter(runs.values()))
-    lengths = [length for generation in generations for length in generation.accepted_lengths]
-    seconds = sum(generation.decode_s for generation in generations)
-    return {"set": name, **case.columns} | {
-        "block_efficiency": mean(lengths),
-        "tokens_per_s": sum(lengths) / seconds,
-        "ratio_to_ar": sum(generation.decode_s for generation in plain) / seconds,
-        "prompts": len(generations),
-    }
-
-
-def measure(model: LanguageModel, args: Any, cases: Sequence[Case]) -> list[Row]:
-    """Build the rows of all sets and their mean."""
+def measure(model: LanguageModel, args: Namespace, cases: Sequence[Case]) -> list[Row]:
+    """Return the rows of all sets and their means; the first case is plain decoding."""
     forced = ForcedBackend(model.backend)
     # A budget learns from one kind of trees alone.
     models = {
         suffix: replace(model, backend=forced, adaptive_budgets=AdaptiveBudgets())
         for suffix in (None, False, True)
     }
-    sampling = {"temperature": args.temperature, "seed": args.seed}
-
-    def run(prompt: Prompt, case: Case) -> Generation:
-        return models[case.suffix].generate(
-            prompt, max_tokens=args.max_tokens, **sampling, **case.options
-        )
-
+    options = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
     rows: list[Row] = []
     for path in args.prompts:
-        runs: Runs = {case: [] for case in cases}
+        texts: dict[Case, list[Text]] = {case: [] for case in cases}
         for prompt in track(read_rows(path)[: args.limit], path.stem):
             forced.tokens = ()
-            plain = run(prompt.turns[0], cases[0])
-            if not plain.accepted_lengths:
-                continue  # a sequence of one token has no iteration, hence no speed
-            forced.tokens = plain.token_ids
-            rounds: Runs = {case: [] for case in cases}
-            rounds[cases[0]].append(plain)
-            for number in range(args.rounds):
-                for case in cases[number == 0 :]:
-                    rounds[case].append(run(prompt.turns[0], case))
-                    assert rounds[case][-1].token_ids == plain.token_ids
+            rounds: dict[Case, list[Text]] = {case: [] for case in cases}
+            for _, case in product(range(args.rounds), cases):
+                text = decode(models[case.suffix], prompt.turns[0], case, **options)
+                forced.tokens = forced.tokens or text.generation.token_ids
+                assert text.generation.token_ids == forced.tokens
+                rounds[case].append(text)
+            if len(forced.tokens) == 1:
+                continue  # a text of one token has no iteration, hence no speed
             for case, group in rounds.items():
-                by_time = sorted(group, key=lambda generation: generation.decode_s)
-                runs[case].append(by_time[(len(group) - 1) // 2])
-        rows += [set_row(path.stem, case, runs) for case in cases]
-    figures = ("block_efficiency", "tokens_per_s", "ratio_to_ar")
-    return rows + [mean_row(rows, case.columns, figures) for case in cases]
+                by_time = sorted(group, key=lambda text: text.generation.decode_s)
+                texts[case].append(by_time[(len(group) - 1) // 2])
+        if not texts[cases[0]]:
+            raise ConfigError(f"no text of {path.stem} has an iteration; raise --max-tokens")
+        for case, found in texts.items():
+            row = {"set": path.stem, **case.columns, **figures(found, texts[cases[0]])}
+            rows.append(row | {"prompts": len(found)})
+    means = [name for name in rows[0] if name not in ("set", "prompts", *cases[0].columns)]
+    return rows + [mean_row(rows, case.columns, means) for case in cases]
 
 
-@guarded
-def main(argv: Sequence[str] | None = None) -> int:
+@command(parser)
+def main(args: Namespace) -> int:
     """Measure, print, write."""
-    args = parser().parse_args(argv)
     suffixes = [switch == "on" for switch in args.suffix]
     cases = make_cases(args.methods, args.budgets, suffixes)
     model = load_model(args)
     warm_up(model.backend, 1)
     rows = measure(model, args, cases)
-    pair = describe(model.backend)
-    title = f"{', '.join(pair.values())}, {args.max_tokens} tokens per prompt"
-    show(f"methods, {title}", [row for row in rows if row["set"] == MEAN])
-    write_json(args.json, "methods", pair | {"rows": rows})
-    return 0
+    return publish(args, describe(model.backend) | {"max_tokens": args.max_tokens}, rows=rows)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import Parser, Row, read_prompts, show, write_json
-from treeflash.cli.console import guarded
+from benchmarks.common import Parser, Row, command, publish, read_prompts
 from treeflash.decoding.tree import DraftTree
 from treeflash.language_model import LanguageModel, load
 
@@ -97,14 +96,10 @@ def row(
     }
 
 
-@guarded
-def main(argv: Sequence[str] | None = None) -> int:
+@command(parser)
+def main(args: Namespace) -> int:
     """Measure, print, write."""
-    args = parser().parse_args(argv)
-    rows = list(measure(args))
-    show("quality of weights of few bits", rows)
-    write_json(args.json, "quality", {"rows": rows})
-    return 0
+    return publish(args, {"max_tokens": args.max_tokens}, rows=list(measure(args)))
 
 
 if __name__ == "__main__":

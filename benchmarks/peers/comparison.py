@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import eq
 from statistics import median
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from benchmarks.common import Row, mean_row, show
 from benchmarks.peers.system import BASELINES, Peer, PeerError, System
@@ -12,14 +13,23 @@ from treeflash.config import Budget
 from treeflash.errors import ConfigError
 
 TREE_METHODS = ("ddtree", "treeflash")
-COLUMNS = ("system", "method", "budget", "backend", "dtype", "threads")
+CASE = ("system", "method", "budget", "backend", "dtype", "threads")
+"""Columns that name a case."""
+COLUMNS = ("set", "concurrency", *CASE)
+"""Columns that name a row."""
+GROUP = ("set", "group", "concurrency", "threads")
+RATIOS: dict[str, tuple[Callable[[Row], bool], Sequence[str]]] = {
+    "generate": (lambda x: is_of(x, BASELINES.get(x["backend"]), "generate"), (*GROUP, "backend")),
+    "llama_cpp": (lambda x: is_of(x, "llama.cpp", "generate"), GROUP),
+    "ar": (lambda x: is_of(x, "treeflash", "ar"), (*GROUP, "backend")),
+}
+"""Whether speeds are compared with a record's, and columns that have equal values in both."""
 FIGURES = (
-    *("tokens_per_s", "tokens_per_processor_s", "block_efficiency"),
-    *("ratio_to_generate", "ratio_to_llama_cpp"),
+    *("tokens_per_s", "tokens_per_processor_s", "block_efficiency", "first_token_s"),
+    *(f"ratio_to_{name}" for name in RATIOS),
+    "ratio_to_one",
 )
 """Columns that have means over sets."""
-Key: TypeAlias = tuple[object, ...]
-"""Some columns of a record."""
 
 
 class Case(NamedTuple):
@@ -32,29 +42,26 @@ class Case(NamedTuple):
     @property
     def columns(self) -> Row:
         """The columns that name the case."""
-        system = self.peer.system
-        values = (
-            system.name,
-            self.method,
-            self.budget,
-            system.backend,
-            self.peer.description["dtype"],
-            self.peer.threads,
-        )
-        return dict(zip(COLUMNS, values, strict=True))
+        peer, system = self.peer, self.peer.system
+        values = system.name, self.method, self.budget, system.backend, peer.description["dtype"]
+        return dict(zip(CASE, (*values, peer.threads), strict=True))
 
 
 class Comparison:
-    """Systems that decode the same prompts in turn.
+    """Systems that decode the same groups of prompts in turn.
+
+    Args:
+        whole: whether times and tokens include the prefill, as those of several prompts must.
 
     Attributes:
         cases: the cases that still run.
         records: one for each group of prompts and case: the columns of the case, `set`, `group` (a
-            number), `prompts` (how many), and the worker's answer.
+            number), `concurrency` (prompts of the group), and the worker's answer.
         skipped: systems and methods that cannot run, with the reason.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, whole: bool = False) -> None:
+        self.whole = whole
         self.cases: list[Case] = []
         self.records: list[Row] = []
         self.skipped: list[Row] = []
@@ -97,7 +104,8 @@ class Comparison:
                 self.skip(case.peer.system, error, case.method)
             else:
                 if keep is not None:
-                    self.records.append(case.columns | keep | {"prompts": len(prompts)} | answer)
+                    row = case.columns | keep | {"concurrency": len(prompts)}
+                    self.records.append(row | answer)
 
     def check(self) -> None:
         """Print what was skipped; a ConfigError if nothing was measured."""
@@ -107,62 +115,82 @@ class Comparison:
             raise ConfigError("nothing was measured; see the reasons above, or --methods")
 
     def rows(self) -> list[Row]:
-        """Return one row for each case and set of single prompts, and one for a case's mean.
+        """Return one row for each case, concurrency and set, and one for its mean over sets.
 
-        Ratios are medians over prompts; `equal` counts the prompts with the same tokens as the
-        baseline. A sequence that ends with its first token has no speed and is left out.
+        Ratios of speeds are medians over groups; `ratio_to_one`, to one prompt at a time, is of the
+        whole set. `equal` counts the texts of the framework's `generate`, or else of treeflash's
+        plain decoding. A group whose texts end with their first tokens has no speed and is left
+        out.
         """
-        groups: dict[tuple[Key, str], list[Row]] = {}
-        baselines: dict[Key, Row] = {}
-        llama_cpp: dict[Key, Row] = {}
-        for record in self.records:
-            if not _tokens(record):
-                continue
-            case = tuple(record[key] for key in COLUMNS)
-            groups.setdefault((case, record["set"]), []).append(record)
-            if (record["system"], record["method"]) == (BASELINES[record["backend"]], "generate"):
-                baselines[_prompt_key(record)] = record
-                if record["backend"] == "gguf":
-                    llama_cpp[_prompt_key(record)[1:]] = record
-        rows = [_set_row(group, baselines, llama_cpp) for group in groups.values()]
-        cases = dict.fromkeys(case for case, _ in groups)
-        columns = [dict(zip(COLUMNS, case, strict=True)) for case in cases]
+        records = [record for record in self.records if new_tokens(record)]
+        groups: dict[tuple[Any, ...], list[Row]] = {}
+        for record in records:
+            groups.setdefault(values(record, COLUMNS), []).append(record)
+        bases = {
+            name: {values(record, columns): record for record in records if is_base(record)}
+            for name, (is_base, columns) in RATIOS.items()
+        }
+        rows = [self._row(group, bases) for group in groups.values()]
+        speeds = {values(row, COLUMNS): row["tokens_per_s"] for row in rows}
+        for row in rows:
+            one = speeds.get(values(row | {"concurrency": 1}, COLUMNS))
+            row["ratio_to_one"] = one and row["tokens_per_s"] / one
+        cases = dict.fromkeys(values(row, COLUMNS[1:]) for row in rows)
+        columns = [dict(zip(COLUMNS[1:], case, strict=True)) for case in cases]
         return rows + [mean_row(rows, case, FIGURES) for case in columns]
 
+    def _row(self, group: Sequence[Row], bases: dict[str, dict[tuple[Any, ...], Row]]) -> Row:
+        tokens = sum(map(new_tokens, group))
+        texts = [ids for record in group for ids in record["token_ids"]]
+        pairs = {
+            name: [
+                (x, bases[name][key]) for x in group if (key := values(x, columns)) in bases[name]
+            ]
+            for name, (_, columns) in RATIOS.items()
+        }
+        ratios = {
+            f"ratio_to_{name}": median(self._speed([x]) / self._speed([y]) for x, y in found)
+            if found
+            else None
+            for name, found in pairs.items()
+        }
+        return {
+            **{name: group[0][name] for name in COLUMNS},
+            "tokens_per_s": self._speed(group),
+            "tokens_per_processor_s": tokens / sum(x["processor_seconds"] for x in group),
+            "block_efficiency": tokens / sum(x["forwards"] for x in group),
+            "first_token_s": median(first for x in group for first in x["first"]),
+            **ratios,
+            "equal": sum(
+                sum(map(eq, x["token_ids"], y["token_ids"]))
+                for x, y in pairs["generate"] or pairs["ar"]
+            ),
+            "prompts": len(texts),
+        }
 
-def _prompt_key(record: Row) -> Key:
-    return record["backend"], record["set"], record["group"], record["threads"]
+    def _speed(self, records: Sequence[Row]) -> float:
+        """Return tokens per second, as `whole` says."""
+        if not self.whole:
+            return sum(map(new_tokens, records)) / sum(map(decode_seconds, records))
+        tokens = sum(len(ids) for record in records for ids in record["token_ids"])
+        return tokens / sum(record["seconds"] for record in records)
 
 
-def _set_row(records: Sequence[Row], baselines: dict[Key, Row], llama_cpp: dict[Key, Row]) -> Row:
-    pairs = [(r, baselines[_prompt_key(r)]) for r in records if _prompt_key(r) in baselines]
-    others = [
-        (r, llama_cpp[_prompt_key(r)[1:]]) for r in records if _prompt_key(r)[1:] in llama_cpp
-    ]
-    tokens = sum(map(_tokens, records))
-    return {key: records[0][key] for key in ("set", *COLUMNS)} | {
-        "tokens_per_s": tokens / sum(map(_seconds, records)),
-        "tokens_per_processor_s": tokens / sum(record["processor_seconds"] for record in records),
-        "block_efficiency": tokens / sum(record["forwards"] for record in records),
-        "ratio_to_generate": _median_ratio(pairs),
-        "ratio_to_llama_cpp": _median_ratio(others),
-        "equal": sum(record["token_ids"] == base["token_ids"] for record, base in pairs),
-        "prompts": len(records),
-    }
+def values(record: Row, columns: Sequence[str]) -> tuple[Any, ...]:
+    """Return the values of some columns."""
+    return tuple(record[name] for name in columns)
 
 
-def _median_ratio(pairs: Sequence[tuple[Row, Row]]) -> float | None:
-    ratios = [_speed(record) / _speed(baseline) for record, baseline in pairs]
-    return median(ratios) if ratios else None
+def is_of(record: Row, system: str | None, method: str) -> bool:
+    """Return whether a record is of a system with a method."""
+    return (record["system"], record["method"]) == (system, method)
 
 
-def _tokens(record: Row) -> int:
-    return len(record["token_ids"][0]) - 1  # without the prefill's
+def new_tokens(answer: Row) -> int:
+    """Return the tokens of an answer after the first of each text, which is the prefill's."""
+    return sum(len(ids) - 1 for ids in answer["token_ids"])
 
 
-def _seconds(record: Row) -> float:
-    return float(record["seconds"] - record["first"][0])
-
-
-def _speed(record: Row) -> float:
-    return _tokens(record) / _seconds(record)
+def decode_seconds(answer: Row) -> float:
+    """Return the seconds from the first token to the last one of a prompt's answer."""
+    return float(answer["seconds"] - answer["first"][0])

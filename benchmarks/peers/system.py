@@ -8,13 +8,15 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import mlx_environment
-from treeflash.config import cache_folder
+from treeflash.config import AUTO, METHODS, cache_folder
+from treeflash.text.tokenizer import Tokenizer
 
 WORKERS = Path(__file__).parent / "workers"
 BASELINES = {"cuda": "transformers", "mlx": "mlx-lm", "gguf": "llama.cpp"}
@@ -40,12 +42,14 @@ class System:
         node: the version of llama.cpp's build for Node.js, whose worker is in JavaScript. Empty for
             a worker in Python, which runs in the current environment.
         bits: the bits of a target's weights on a CPU, as in `treeflash.load`.
+        batched: its methods that decode several prompts at once.
     """
 
     name: str
     backend: str
     node: str = ""
     bits: int | None = None
+    batched: Sequence[str] = ()
 
     @property
     def worker(self) -> Path:
@@ -55,13 +59,28 @@ class System:
 
 
 SYSTEMS = (
-    System(name="transformers", backend="cuda"),
-    System(name="treeflash", backend="cuda"),
+    System(name="transformers", backend="cuda", batched=["generate"]),
+    System(name="treeflash", backend="cuda", batched=METHODS),
     System(name=f"treeflash{SAME_WEIGHTS}", backend="cuda", bits=16),
-    System(name="mlx-lm", backend="mlx"),
-    System(name="treeflash", backend="mlx"),
+    System(name="mlx-lm", backend="mlx", batched=["batch_generate"]),
+    System(name="treeflash", backend="mlx", batched=METHODS),
     System(name="llama.cpp", backend="gguf", node="3.22.1"),
+    System(name="treeflash", backend="reference", batched=METHODS),
 )
+
+
+def setup_of(args: Namespace, target: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what every worker is told about a target without a drafter."""
+    return {
+        "target": str(target),
+        # Treeflash finds the weights by this name, which may keep few bits on a CPU.
+        "name": args.target,
+        "drafter": None,
+        "gguf": None,
+        "dtype": args.dtype or AUTO,
+        "device": args.device,
+        "stop_token_ids": sorted(tokenizer.stop_token_ids),
+    }
 
 
 def command(system: System, folder: Path) -> list[str]:
@@ -120,7 +139,7 @@ class Peer:
 
         Args:
             system: the system to run.
-            setup: the pair; see `peers.pair.setup_of`.
+            setup: the pair; see `setup_of`.
             threads: threads of its arithmetic.
 
         Raises:

@@ -17,9 +17,8 @@ SCRIPTS = {
     "decoding.half_precision": [
         *(*SHORT, "--budgets", "4", "--dtypes", "float32", "--parallel", "2")
     ],
-    "decoding.iteration": [*SHORT, "--budgets", "4"],
     "decoding.memory": ["--sequences", "2", "--max-tokens", "6", "--lengths", "10"],
-    "throughput": [*SHORT, "--concurrency", "1,2", "--methods", ",".join(METHODS)],
+    "peers.__main__": [*SHORT, "--concurrency", "1,2", "--methods", ",".join(METHODS)],
 }
 
 
@@ -41,8 +40,12 @@ def test_a_benchmark_runs(name, module, sets, pair_options, tmp_path):
     assert module(name).main([*files, *pair_options, *SCRIPTS[name], "--json", str(file)]) == 0
     results = json.loads(file.read_text())
     assert {"date", "revision", "cpu", "versions"} <= results["machine"].keys()
-    if name == "throughput":
-        assert all(row["equal"] == 2 for row in results["rows"] if row["set"] != "mean")
+    if name == "peers.__main__":
+        rows = [row for row in results["rows"] if row["set"] != "mean"]
+        assert {row["concurrency"] for row in rows} == {1, 2}
+        assert all(row["equal"] == row["prompts"] == 2 for row in rows)
+        assert all(row["ratio_to_one"] == 1 for row in rows if row["concurrency"] == 1)
+        assert all(row["ratio_to_ar"] == 1 for row in rows if row["method"] == "ar")
 
 
 def test_a_call_that_leaves_work_waits_for_that_of_an_equal_call(module):
@@ -57,7 +60,8 @@ def test_a_call_that_leaves_work_waits_for_that_of_an_equal_call(module):
     [
         ("decoding.methods", ["--methods", "ar,foo"], "argument --methods: 'foo' is unknown"),
         ("decoding.methods", ["--budgets", "0"], "--budgets: must be auto, or from 1 to 1024"),
-        ("decoding.iteration", ["--budgets", "2.5"], "argument --budgets: '2.5' is not an"),
+        ("peers.__main__", ["--concurrency", "2.5"], "argument --concurrency: '2.5' is not an"),
+        ("peers.__main__", ["--concurrency", "3"], "a has 4 prompts, but 6 are needed for groups"),
         ("decoding.memory", ["--json", "/"], "argument --json: cannot write /"),
         ("performance", ["--only", "systems"], "no other system has the backend 'reference'"),
     ],

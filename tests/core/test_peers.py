@@ -133,6 +133,7 @@ def test_an_installed_version_is_not_installed_again(installed, monkeypatch):
 def test_systems_of_any_framework_are_compared_with_llama_cpp():
     record = {"budget": None, "dtype": "x", "set": "a", "group": 0, "forwards": 3, "threads": 2}
     record |= {"token_ids": [[1, 2, 3, 4, 5, 6, 7]], "first": [1.0], "processor_seconds": 2.0}
+    record |= {"concurrency": 1}
     plain = record | {"system": "llama.cpp", "backend": "gguf", "method": "generate"}
     ours = record | {"system": "treeflash", "backend": "cuda", "method": "treeflash"}
     comparison = Comparison()

@@ -283,34 +283,24 @@ def test_the_quality_of_few_bits_is_measured(module, tmp_path):
 # Seconds, for scripts of benchmarks that change seldom.
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    ("name", "own"),
+    "own",
     [
-        ("throughput", "--backend cpu --concurrency 1,2"),
-        ("peers.__main__", "--systems transformers,treeflash --backends cuda --threads 1"),
+        "--concurrency 1,2 --backends cuda",
+        "--systems transformers,treeflash --backends cuda --threads 1",
     ],
 )
-def test_a_comparison_runs(name, own, module, options, tmp_path):
+def test_a_comparison_runs(own, module, options, tmp_path):
     """All systems run, and in float32 they give the same tokens."""
     prompts, file = tmp_path / "a.jsonl", tmp_path / "out.json"
     prompts.write_text("\n".join(json.dumps({"id": n, "turns": [f"Why {n}"]}) for n in range(2)))
     given = [str(prompts), *options, *own.split(), "--limit", "1", "--json", str(file)]
-    assert module(name).main(given) == 0
+    assert module("peers.__main__").main(given) == 0
     results = json.loads(file.read_text())
     rows = [row for row in results["rows"] if row["set"] == "a"]
     assert {row["system"] for row in rows} == {"treeflash", "transformers"}
     assert all(row["equal"] == row["prompts"] > 0 for row in rows)
     assert {row["method"] for row in results["skipped"]} <= {"assisted"}
     assert results["device"] == "cpu"
-
-
-# Seconds, for processes that load PyTorch.
-@pytest.mark.nightly
-def test_a_throughput_without_treeflash_is_an_error(module, options, tmp_path, capsys):
-    prompts = tmp_path / "a.jsonl"
-    prompts.write_text(json.dumps({"id": 0, "turns": ["Why"]}))
-    own = ["--backend", "cpu", "--methods", "generate", "--concurrency", "1", "--limit", "1"]
-    assert module("throughput").main([str(prompts), *options, *own]) == 2
-    assert "treeflash was not measured; see the reasons above" in capsys.readouterr().err
 
 
 # Seconds, for a process that loads PyTorch.
@@ -320,8 +310,8 @@ def test_transformers_is_not_measured_with_random_weights(module, options):
     tensors = load_file(target / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    args = module("throughput").parser().parse_args(["a.jsonl", *options])
-    setup = module("peers.pair").setup_of(args, target, Tokenizer.from_folder(target))
+    args = module("peers.__main__").parser().parse_args(["a.jsonl", *options])
+    setup = module("peers.system").setup_of(args, target, Tokenizer.from_folder(target))
     system = module("peers.system")
     with pytest.raises(system.PeerError, match=r"has no model\.norm\.weight for transformers"):
         system.Peer(system.SYSTEMS[0], setup, threads=1)
