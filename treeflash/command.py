@@ -73,7 +73,7 @@ def _completion(shell: str) -> str:
     parser, commands = _make_parser()
     for name in COMMANDS:
         command = commands.choices[name] = _module(name).make_parser()
-        for action in command._actions:
+        for action in command.actions:
             if action.type is Path:
                 action.complete = shtab.FILE
     return shtab.complete(parser, shell)

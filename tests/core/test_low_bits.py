@@ -105,10 +105,12 @@ def test_packed_weights_take_few_bits(kind):
     shape = len(data), 2 * GGML_QUANT_SIZES[kind][0]
     weight = low_bits(data, kind, shape)
     packed = weight.pack()
-    found = {x: y for x, y in packed._asdict().items() if y is not None}
-    assert sum(x.nbytes for x in found.values()) * 8 == BITS[kind] * shape[0] * shape[1]
-    stored = StoredWeight(name="", format=weight.format, shape=shape)
-    assert stored.tensors == {name: (x.dtype.name, x.shape) for name, x in found.items()}
+    parts = [x for x in packed if x is not None]
+    assert sum(x.nbytes for x in parts) * 8 == BITS[kind] * shape[0] * shape[1]
+    tensors = StoredWeight(name="", format=weight.format, shape=shape).tensors
+    found = {name: getattr(packed, name) for name in tensors}
+    assert tensors == {name: (x.dtype.name, x.shape) for name, x in found.items()}
+    assert len(found) == len(parts)
 
 
 def test_weights_of_one_format_are_joined():
@@ -134,8 +136,9 @@ def test_rounding_errs_by_half_a_step_at_most(bits, steps):
 
 
 def test_weights_that_another_version_packed_are_refused_in_one_line():
-    kind = LowBitFormat(4, 1, False, "float16")._asdict() | {"wide": True}
-    module = {"name": "Q4_0", "format": kind, "shape": [16, 32]}
+    kind = LowBitFormat(4, 1, False, "float16")
+    module = StoredWeight(name="Q4_0", format=kind, shape=(16, 32)).document()
+    module["format"]["wide"] = True
     settings = {"quant_method": METHOD, "modules": {"lm_head": module}}
     with pytest.raises(CheckpointError, match="packed by another version of treeflash"):
         StoredWeight.of(settings)

@@ -19,6 +19,7 @@ import torch.nn.attention.varlen as varlen
 import torch.nn.functional as F
 from stand_ins import stand_in
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from treeflash_cuda import backend, drafter_loading, target_loading, visible_keys
@@ -185,7 +186,7 @@ class FakeCuda(TorchDispatchMode):
 
     def _allocate(self, storage, device):
         """Count the memory of a tensor until it is freed; it may be known."""
-        key, nbytes = storage._cdata, storage.nbytes()
+        key, nbytes = StorageWeakRef(storage), storage.nbytes()
         if key in self._storages:
             return
         if self.allocated[device] + nbytes > self.free_bytes:
@@ -477,7 +478,7 @@ def _converted(args, out):
 
 
 def _shares_memory(x, y):
-    return torch._C._is_alias_of(x, y)
+    return StorageWeakRef(x.untyped_storage()) == StorageWeakRef(y.untyped_storage())
 
 
 def _is_floating(x):

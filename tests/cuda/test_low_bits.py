@@ -34,7 +34,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.drafters.folder import read_tensors
 from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash.hub.models import resolve_target
-from treeflash.low_bits import GROUP, SHARING, LowBitWeight, StoredWeight
+from treeflash.low_bits import GROUP, SHARING, LowBitFormat, LowBitWeight, StoredWeight
 from treeflash.testing import require
 from treeflash.testing.comparisons import generate
 from treeflash.testing.models import edit_config, write_drafter, write_target
@@ -86,7 +86,7 @@ def isas() -> list[Isa]:
     known = {isa.name: isa for isa in ISAS}
     wide, narrow = known["AVX-512 VNNI"], known["AVX-VNNI"]
     if not has.get("avxvnni"):
-        known["AVX-VNNI"] = narrow._replace(needed=wide.needed)
+        known["AVX-VNNI"] = Isa(*narrow[:3], wide.needed, narrow.features)
     return [*(isa for isa in known.values() if all(has.get(x) for x in isa.needed)), GENERIC]
 
 
@@ -105,15 +105,15 @@ def random_weight(name: str, rows: int, size: int) -> LowBitWeight:
             return rng.integers(-128, 128, (rows, count), np.int8)
         return rng.standard_normal((rows, count)).astype(dtype)
 
-    weight = LowBitWeight(
+    kind = LowBitFormat(bits, scales, has_least, np.dtype(dtype).name)
+    count = size // SHARING * kind.factors
+    return LowBitWeight(
         rng.integers(0, 1 << bits, (rows, size), np.uint8),
         random(groups * scales),
         random(groups) if has_least else None,
         bits,
+        rng.standard_normal((rows, count)).astype(np.float16) if count else None,
     )
-    count = size // SHARING * weight.format.factors
-    factors = rng.standard_normal((rows, count)).astype(np.float16)
-    return weight._replace(factors=factors) if count else weight
 
 
 def layer_of(weight: LowBitWeight, dtype=torch.float32, isa: Isa | None = None) -> LowBitLinear:
@@ -285,7 +285,7 @@ def test_code_is_compiled_once_and_kept(tmp_path, monkeypatch):
     Kernel(ISAS[0] if ISAS[0] in isas() else GENERIC, kind)
     assert file.suffix == ".o"
     with pytest.raises(pytest.fail.Exception, match="compiled again"):
-        Kernel(GENERIC, kind._replace(scale_dtype="float32"))
+        Kernel(GENERIC, random_weight("Q4_0", 16, 32).format)
 
 
 # A kernel for no processor in particular takes seconds to compile.

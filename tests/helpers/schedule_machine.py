@@ -389,7 +389,7 @@ class ScheduleMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.scheduler.running)
     @rule(which=st.integers(0, 9), place=st.sampled_from(["draft", "run", "commit"]))
     def poison(self, which: int, place: str) -> None:
-        running = self.running()
+        running = self.scheduler.sequences
         self.faults.poisoned[running[which % len(running)].state] = place
 
     @precondition(lambda self: self.scheduler.running > 1)
@@ -435,7 +435,7 @@ class ScheduleMachine(RuleBasedStateMachine):
         self.check_books()
 
     def iterate(self) -> None:
-        decoding = [x.request for x in self.running() if self.submitted[x.request].tokens]
+        decoding = [x.request for x in self.scheduler.sequences if self.submitted[x.request].tokens]
         self.backend.passes.clear()
         self.faults.lone.clear()
         raised = self.faults.raised
@@ -501,16 +501,16 @@ class ScheduleMachine(RuleBasedStateMachine):
         assert scheduler.busy == bool(unfinished)
         assert scheduler.running <= self.limits.max_parallel
         order = list(self.submitted).index
-        running = sorted((sequence.request for sequence in self.running()), key=order)
+        running = sorted((sequence.request for sequence in self.scheduler.sequences), key=order)
         assert running == unfinished[: len(running)], "a request overtook another"
-        for sequence in self.running():
+        for sequence in self.scheduler.sequences:
             held, submitted = sequence.state.length, self.submitted[sequence.request]
             if submitted.tokens:
                 assert held == len(submitted.all_tokens) - 1
             else:
                 assert held < len(submitted.request.prompt_ids)
         cached = [] if self.cache is None else [entry.state for entry in self.cache.entries]
-        held = {id(state) for state in [*cached, *(x.state for x in self.running())]}
+        held = {id(state) for state in [*cached, *(x.state for x in self.scheduler.sequences)]}
         assert {id(state) for state in self.backend.opened} == held, "a state was not closed"
         self.backend.check_memory()
         if self.cache is not None:
@@ -536,9 +536,6 @@ class ScheduleMachine(RuleBasedStateMachine):
                 copied_logits = root_logits(self.family, copied)
                 copied.close()
                 assert np.allclose(copied_logits, expected, atol=1e-4), "a wrong state is cached"
-
-    def running(self) -> list[Any]:
-        return self.scheduler._running
 
     def drop_all(self) -> None:
         self.scheduler.close()

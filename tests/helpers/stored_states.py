@@ -56,12 +56,6 @@ class Process:
         self.scheduler.close()
         self.cache.close()
 
-    def wait_for_writer(self) -> None:
-        """Copy what is in memory, and wait until it is written."""
-        self.disk.save_all()
-        with self.disk._room:
-            self.disk._room.wait_for(lambda: not self.disk._queued_bytes)
-
     def answer(
         self, prompt: list[int], salt: str = "", method: str = "treeflash", tokens: int = 12
     ) -> tuple[list[int], tuple[int, int]]:

@@ -174,6 +174,11 @@ class Parser(argparse.ArgumentParser):
         if add_help:
             self.add_argument("--version", action=_ShowVersion)
 
+    @property
+    def actions(self) -> Sequence[argparse.Action]:
+        """The options and arguments that it takes."""
+        return self._actions
+
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:

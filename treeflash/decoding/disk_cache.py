@@ -187,11 +187,13 @@ class DiskCache:
             self._copy(state, parts)
 
     def save_all(self) -> None:
-        """Copy all states, waiting for the writer."""
+        """Copy all states, and wait until they are written."""
         while self._unsaved:
             with self._room:
                 self._room.wait_for(self._has_room)
             self.copy_next()
+        with self._room:
+            self._room.wait_for(lambda: not self._queued_bytes)
 
     def close(self) -> None:
         """End the threads when what was copied is written."""

@@ -106,19 +106,20 @@ class Scheduler:
         self.suffix_cache = suffix_cache
         self._choices = Choices()
         self._waiting: list[_Waiting] = []
-        self._running: list[RunningSequence] = []
+        # Sequences that have started, in order.
+        self.sequences: list[RunningSequence] = []
         # The first waiting request gets its states from the disk.
         self._restoration: tuple[Request, Restoration] | None = None
 
     @property
     def busy(self) -> bool:
         """Whether any sequence is not finished."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self.sequences)
 
     @property
     def running(self) -> int:
         """Sequences that have started."""
-        return len(self._running)
+        return len(self.sequences)
 
     @property
     def waiting(self) -> int:
@@ -135,19 +136,19 @@ class Scheduler:
                 done=sequence.state.length,
                 seconds=sum(sequence.seconds.values()),
             )
-            for sequence in self._running
+            for sequence in self.sequences
             if sequence.in_prompt
         }
 
     @property
     def committed_tokens(self) -> int:
         """Tokens of prompts and texts that the started sequences have committed."""
-        return sum(sequence.state.length for sequence in self._running)
+        return sum(sequence.state.length for sequence in self.sequences)
 
     @property
     def nbytes(self) -> int:
         """Device memory of the sequences that have started, bytes."""
-        return sum(sequence.state.nbytes for sequence in self._running)
+        return sum(sequence.state.nbytes for sequence in self.sequences)
 
     def submit(self, request: Request) -> Request:
         """Add a sequence, which starts with one of the next iterations; returns the request.
@@ -241,8 +242,8 @@ class Scheduler:
         prefill_chunks = self.config.prefill_chunk, self.config.lone_prefill_chunk
         with self._trusted_states(events):
             self._admit(events)
-            Iteration(self.backend, self._running, self._budget, prefill_chunks).run()
-            for sequence in list(self._running):
+            Iteration(self.backend, self.sequences, self._budget, prefill_chunks).run()
+            for sequence in list(self.sequences):
                 events += ((sequence.request, event) for event in sequence.events)
                 finished = sequence.pending is None
                 failed = finished and isinstance(sequence.events[-1], Exception)
@@ -275,7 +276,7 @@ class Scheduler:
         self._waiting = [x for x in self._waiting if x.request is not request]
         if self._restoration is not None and self._restoration[0] is request:
             self._drop_restoration()
-        for sequence in [x for x in self._running if x.request is request]:
+        for sequence in [x for x in self.sequences if x.request is request]:
             try:
                 self._end(sequence, keep=keep)
             except Exception as error:
@@ -287,7 +288,7 @@ class Scheduler:
         """Drop all sequences."""
         self._waiting.clear()
         self._drop_restoration()
-        for sequence in list(self._running):
+        for sequence in list(self.sequences):
             self._end(sequence)
 
     @contextmanager
@@ -301,7 +302,7 @@ class Scheduler:
         except Exception as error:
             if not is_of_earlier_work(error):
                 raise
-            for sequence in list(self._running):
+            for sequence in list(self.sequences):
                 if sequence.pending is not None:
                     sequence.fail(DeviceError(error))
                 events += ((sequence.request, event) for event in sequence.events)
@@ -312,7 +313,7 @@ class Scheduler:
 
     def _admit(self, events: list[Event]) -> None:
         """Start waiting requests, in order, while there is room; adds errors of the start."""
-        while self._waiting and len(self._running) < self.config.max_parallel:
+        while self._waiting and len(self.sequences) < self.config.max_parallel:
             first = self._waiting[0]
             leader = self._leader(first)
             if leader is not None and leader.state.length < len(first.request.prompt_ids) - 1:
@@ -332,7 +333,7 @@ class Scheduler:
                 if self.prefix_cache:  # its least recently used state makes room
                     self.prefix_cache.shrink(self.prefix_cache.nbytes - 1)
                     self._waiting.insert(0, first)
-                elif self._running:  # the next one that ends makes room
+                elif self.sequences:  # the next one that ends makes room
                     self._waiting.insert(0, first)
                     break
                 else:
@@ -363,7 +364,7 @@ class Scheduler:
                 self.backend.open, self._capacity(request), drafts=request.config.drafts
             )
             self._restoration = request, cache.disk.restore(prefix, opened, cached)
-        return self._restoration[1].advance(wait=not self._running)
+        return self._restoration[1].advance(wait=not self.sequences)
 
     def _drop_restoration(self) -> None:
         if self._restoration is not None:
@@ -372,7 +373,7 @@ class Scheduler:
 
     def _leader(self, waiting: _Waiting) -> RunningSequence | None:
         """Find the running sequence to fork, if it has not ended and its state can be shared."""
-        for sequence in self._running:
+        for sequence in self.sequences:
             if sequence.request is waiting.leader:
                 shareable = self._cache_key(sequence.request) == self._cache_key(waiting.request)
                 return sequence if shareable else None
@@ -412,7 +413,7 @@ class Scheduler:
         sequence = RunningSequence(request, state, loop, prompt, cached, interval)
         is_leader = any(other.leader is request for other in self._waiting)
         sequence.shared = is_leader or self.prefix_cache is not None
-        self._running.append(sequence)
+        self.sequences.append(sequence)
         sequence.resume(None)
 
     def _source(
@@ -439,11 +440,11 @@ class Scheduler:
         if request is None and self._restoration is not None:
             request, _ = self._restoration
         # A state may grow up to its capacity.
-        requests = [sequence.request for sequence in self._running]
+        requests = [sequence.request for sequence in self.sequences]
         requests += [] if request is None else [request]
         states = [(self._capacity(x), x.config.drafts) for x in requests]
         free = self.config.max_bytes - states_nbytes(self.backend, states) - copied
-        free += sum(sequence.state.shared_nbytes for sequence in self._running)
+        free += sum(sequence.state.shared_nbytes for sequence in self.sequences)
         cached = 0 if self.prefix_cache is None else self.prefix_cache.nbytes
         if request is not None and cached > free:
             # The state that it continues is then the last to leave.
@@ -465,7 +466,7 @@ class Scheduler:
             if keep and self.prefix_cache is not None:
                 self._cache(sequence, self.prefix_cache)
         finally:
-            self._running.remove(sequence)
+            self.sequences.remove(sequence)
             sequence.close()
             if self.prefix_cache is not None:  # what the sequence shared with its states is theirs
                 self.prefix_cache.shrink(self.prefix_cache.max_bytes)

@@ -129,7 +129,7 @@ REQUIRED = {"evaluate": ["--prompts", "p"], "adapt": ["--prompts", "p", "--outpu
 def actions(command: str) -> list[argparse.Action]:
     """The options of a command with a help text."""
     parser = import_module(f"treeflash.commands.{command}").make_parser()
-    return [action for action in parser._actions if action.help not in (None, argparse.SUPPRESS)]
+    return [action for action in parser.actions if action.help not in (None, argparse.SUPPRESS)]
 
 
 def shown(command: str) -> dict[str, str]:

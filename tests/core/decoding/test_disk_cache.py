@@ -124,7 +124,7 @@ def test_a_state_that_leaves_memory_comes_back(pair, tmp_path):
     with Process(pair, tmp_path, memory=nbytes) as process:
         texts = [process.answer(prompt)[0] for prompt in prompts]
         assert len(process.cache) < 3
-        process.wait_for_writer()
+        process.disk.save_all()
         text, cached = process.answer(prompts[0])
         assert cached[1] >= 32
         assert text == texts[0]
@@ -137,7 +137,7 @@ def test_a_state_that_leaves_memory_before_it_was_copied_comes_back(pair, tmp_pa
         text, _ = process.answer(prompt)
         assert process.disk.has_unsaved
         process.cache.shrink(0)
-        process.wait_for_writer()
+        process.disk.save_all()
         again, (in_memory, restored) = process.answer(prompt)
         assert again == text
         assert restored >= 32 > in_memory
@@ -217,7 +217,7 @@ def test_two_processes_share_a_folder(pair, tmp_path):
     with Process(pair, tmp_path) as first, Process(pair, tmp_path) as second:
         texts = [first.answer(prompts[0])[0], second.answer(prompts[1])[0]]
         for process in (first, second):
-            process.wait_for_writer()
+            process.disk.save_all()
         for process, prompt, text in zip((second, first), prompts, texts, strict=True):
             again, (_, disk) = process.answer(prompt)
             assert again == text
@@ -248,7 +248,7 @@ def test_a_process_finds_what_it_has_written_itself(pair, tmp_path):
     with Process(pair, tmp_path, scan_s=3600.0) as process:
         process.answer([1, *prompt])  # after it the folder is listed
         text, _ = process.answer(prompt)
-        process.wait_for_writer()
+        process.disk.save_all()
         process.cache.shrink(0)
         again, (_, restored) = process.answer(prompt)
         assert again == text

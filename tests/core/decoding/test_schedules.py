@@ -1,5 +1,6 @@
 """Random schedules with failures, and faults of the scheduler that they must find."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,7 @@ def cancel_waiting_alone(self: Scheduler, request: Request, *, keep: bool = Fals
 
 
 def cancel_running_alone(self: Scheduler, request: Request, *, keep: bool = False) -> None:
-    for sequence in [x for x in self._running if x.request is request]:
+    for sequence in [x for x in self.sequences if x.request is request]:
         self._end(sequence, keep=keep)
 
 
@@ -59,10 +60,10 @@ def keep_failed(
     plain(self, sequence, keep=True)
 
 
-def copy_all_snapshots(self: Snapshots[Any], length: int) -> Snapshots[Any]:
-    new: Snapshots[Any] = Snapshots()
-    new._states = dict(self._states)
-    return new
+def copy_all_snapshots(
+    self: Snapshots[Any], length: int, plain: Any = Snapshots.copy
+) -> Snapshots[Any]:
+    return plain(self, sys.maxsize)
 
 
 def shrink_for_sequences_alone(
@@ -90,9 +91,7 @@ def give_every_prompt_the_whole_room(self: Iteration) -> dict[RunningSequence, i
     return {x: min(x.chunk_size, room) for x in self._pending(Prefill)}
 
 
-def end_all(
-    self: Iteration, sequences: Any, phase: Any, call: Any, plain: Any = Iteration._batch
-) -> Any:
+def end_all(self: Iteration, sequences: Any, phase: Any, call: Any) -> Any:
     try:
         yield from zip(sequences, call(sequences) if sequences else [], strict=True)
     except Exception as error:
@@ -100,10 +99,11 @@ def end_all(
             sequence.fail(error)
 
 
-def admit_the_last_first(self: Scheduler, events: Any, plain: Any = Scheduler._admit) -> None:
+def admit_the_last_first(self: Scheduler, plain: Any = Scheduler.step) -> Any:
     self._waiting.reverse()
-    plain(self, events)
+    events = plain(self)
     self._waiting.reverse()
+    return events
 
 
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
@@ -119,7 +119,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "states shared by all salts": (Scheduler, "_cache_key", share_with_all),
     "prompts without a limit": (Iteration, "_chunks", give_every_prompt_the_whole_room),
     "an error that ends the whole batch": (Iteration, "_batch", end_all),
-    "requests out of order": (Scheduler, "_admit", admit_the_last_first),
+    "requests out of order": (Scheduler, "step", admit_the_last_first),
 }
 
 
