@@ -12,28 +12,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from ctypes.util import find_library
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any, NoReturn, TypeAlias, TypeVar
-from unittest import mock
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 
-from treeflash.cli.console import guarded
-from treeflash.cli.options import add_option
+from treeflash.cli import console
+from treeflash.cli.options import DECODE_OPTIONS, add_option
 from treeflash.config import METHODS, Budget, DecodeConfig, Method
 from treeflash.decoding import Request, check
 from treeflash.decoding.interfaces import Backend
-from treeflash.decoding.transitions import TransitionTable
-from treeflash.decoding.tree import DraftTree, build_tree
 from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash.evaluation.records import MEAN
-from treeflash.option import options_of
+from treeflash.processors import processor_facts
 from treeflash.text.generation import mean
 from treeflash.text.prompt import encode, read_rows
 from treeflash.text.tokenizer import Tokenizer
@@ -43,49 +40,32 @@ Row: TypeAlias = dict[str, Any]
 """One line of a table: the columns by name."""
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("treeflash", "numpy", "torch", "transformers", "mlx", "mlx-lm")
-DECODE_OPTIONS = options_of(DecodeConfig)
-TREE_DEPTHS, TREE_CHILDREN = 15, 32  # sizes of the tables that random trees are built from
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose help is the module's docstring, and whose errors are one line."""
+class Parser(console.Parser):
+    """A parser whose help is the module's docstring, which has the command, and `--json FILE`."""
 
     def __init__(self, doc: str | None, *, json: bool = True) -> None:
-        """Start with `--json FILE`, if the benchmark writes one.
-
-        Args:
-            doc: the module's docstring, which has the command.
-            json: whether there is `--json`.
-        """
-        name = re.search(r"python -m benchmarks\.([\w.]+)", doc or "")
-        super().__init__(
-            prog=name and name[0],
-            description=doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        self.set_defaults(benchmark=name and name[1])
+        super().__init__(None, doc or "", add_help=False)
+        self.prog = re.findall(r"python -m benchmarks\.[\w.]+", self.description or "")[0]
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        self.set_defaults(benchmark=self.prog.partition("benchmarks.")[2])
+        self.add_argument("-h", "--help", action="help", help="print this help")
         if json:
-            self.add_argument(
-                "--json", type=output_file, metavar="FILE", help="write the results to this file"
-            )
+            help = "write the results to this file"
+            self.add_argument("--json", type=output_file, metavar="FILE", help=help)
 
-    def add_prompts(self, *, limit: int, max_tokens: int, required: bool = True) -> None:
+    def add_prompts(self, *, limit: int, max_tokens: int, nargs: str = "+") -> None:
         """Add the prompt sets, and the defaults of how much of them to decode."""
-        self.add_argument(
-            "prompts",
-            nargs="+" if required else "*",
-            type=Path,
-            metavar="FILE.jsonl",
-            help="prompt sets, one per file",
-        )
+        help = "prompt sets, one per file"
+        self.add_argument("prompts", nargs=nargs, type=Path, metavar="FILE.jsonl", help=help)
         self.add_number("--limit", limit, "prompts per set")
         self.add_number("--max-tokens", max_tokens, "new tokens per prompt")
 
     def add_number(self, flag: str, default: int, help: str) -> None:
         """Add an option that is a positive integer."""
-        self.add_argument(
-            flag, type=integer, default=default, metavar="N", help=f"{help} (default: {default})"
-        )
+        help = f"{help} (default: {default})"
+        self.add_argument(flag, type=integer, default=default, metavar="N", help=help)
 
     def add_list(
         self,
@@ -104,11 +84,9 @@ class Parser(argparse.ArgumentParser):
             help=f"{help} (default: {','.join(map(str, default))})",
         )
 
-    def add_numbers(
-        self, flag: str, default: Sequence[int], help: str, *, minimum: int = 1
-    ) -> None:
+    def add_numbers(self, flag: str, default: Sequence[int], help: str, minimum: int = 1) -> None:
         """Add an option that is a comma-separated list of integers."""
-        self.add_list(flag, lambda text: integer(text, minimum), default, help)
+        self.add_list(flag, partial(integer, minimum=minimum), default, help)
 
     def add_names(
         self, flag: str, choices: Collection[str], help: str, default: Sequence[str] = ()
@@ -125,7 +103,17 @@ class Parser(argparse.ArgumentParser):
 
     def add_budgets(self, default: Sequence[Budget], help: str) -> None:
         """Add `--budgets`: a comma-separated list of numbers of nodes, and `auto`."""
-        parse = partial(parse_option, "budget")
+        option = DECODE_OPTIONS["budget"]
+
+        def parse(text: str) -> Budget:
+            try:
+                assert option.parse is not None
+                option.check(value := option.parse(text), option.name)
+            except ValueError:
+                shown = f"must be {option.accepted_values}, got {text}"
+                raise argparse.ArgumentTypeError(shown) from None
+            return cast(Budget, value)
+
         self.add_list("--budgets", parse, default, help, "N|auto,...")
 
     def add_decode_options(self, *names: str) -> None:
@@ -133,9 +121,6 @@ class Parser(argparse.ArgumentParser):
         for name in names:
             option = DECODE_OPTIONS[name]
             add_option(self, option, default=option.default)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def command(
@@ -147,7 +132,7 @@ def command(
         def main(argv: Sequence[str] | None = None) -> int:
             return run(parser().parse_args(argv))
 
-        return guarded(main)
+        return console.guarded(main)
 
     return decorate
 
@@ -167,29 +152,11 @@ def integer(text: str, minimum: int = 1) -> int:
     return int(text)
 
 
-def parse_option(name: str, text: str) -> Any:
-    """Parse and check the value of an option of `DecodeConfig`, for argparse."""
-    option = DECODE_OPTIONS[name]
-    try:
-        value = (option.parse or option.type)(text)
-        option.check(value, name)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be {option.accepted_values}, got {text}") from None
-    return value
-
-
 def require_testing(extra: str) -> None:
     """Raise a ConfigError unless the extra `testing` is installed; `extra` names the backend's."""
     if missing := [name for name in ("hypothesis", "pytest") if find_spec(name) is None]:
         command = f"pip install '.[{extra},testing]' in a clone of treeflash"
         raise ConfigError(f"this benchmark needs {missing[0]}; {command}")
-
-
-def layers_of_transformers() -> AbstractContextManager[Any]:
-    """Load targets inside as models of transformers, whatever layers of our own they could have."""
-    from treeflash_cuda import target_loading
-
-    return mock.patch.object(target_loading, "own_layers", return_value="a benchmark asks for them")
 
 
 def alternate_ms(
@@ -213,15 +180,6 @@ def alternate_ms(
     return [median(times) for times in zip(*rounds[1:], strict=True)]
 
 
-def random_tree(vocab_size: int, nodes: int) -> DraftTree:
-    """Build a tree from random marginals."""
-    rng = np.random.default_rng(nodes)
-    shape = (TREE_DEPTHS, TREE_CHILDREN)
-    tokens = rng.integers(0, vocab_size, shape).astype(np.int32)
-    log_probs = -np.sort(rng.exponential(2, shape)).astype(np.float32)
-    return build_tree(TransitionTable.from_marginals(tokens, log_probs), 0, nodes)
-
-
 def read_prompts(tokenizer: Tokenizer, path: Path, limit: int) -> list[list[int]]:
     """Return the token ids of the first prompts of a set."""
     return [encode(tokenizer, row.turns[0]).token_ids for row in read_rows(path)[:limit]]
@@ -239,15 +197,16 @@ def random_prompt(vocab_size: int, length: int) -> list[int]:
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
-    """Print rows as a Markdown table; keys are the columns."""
+    """Print rows as a Markdown table."""
     named = [{key.replace("_", " "): value for key, value in row.items()} for row in rows]
     print(f"{title}\n\n{markdown_table(named)}\n", flush=True)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """Format rows as a Markdown table; the keys of the first row are the columns."""
-    cells = [[format_cell(value) for value in row.values()] for row in rows]
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
+    """Format rows as a Markdown table, whose columns are the keys of all rows."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [[format_cell(row.get(column)) for column in columns] for row in rows]
+    lines = [columns, ["---"] * len(columns), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -292,9 +251,9 @@ def describe(backend: Backend) -> dict[str, str]:
 
 def publish(args: argparse.Namespace, about: Row, **tables: Sequence[Row]) -> int:
     """Print tables and write them, with what all of them are about; returns the exit status."""
-    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about.items())
+    facts = [f"{name.replace('_', ' ')} {value}" for name, value in about.items()]
     for name, rows in tables.items():
-        show(f"{args.benchmark}, {name}: {facts}", rows)
+        show(", ".join([args.benchmark, name, *facts]), rows)
     write_json(args.json, args.benchmark, about | tables)
     return 0
 
@@ -308,10 +267,12 @@ def write_json(path: Path | None, benchmark: str, results: Row) -> None:
 
 def machine() -> Row:
     """Describe date, hardware and versions; `revision` is git's name of the source."""
+    facts = dict(line.split(":", 1) for line in processor_facts() if ":" in line)
+    names = [name.strip() for key, name in facts.items() if key.startswith("model name")]
     return {
         "date": datetime.date.today().isoformat(),
         "revision": _revision(),
-        "cpu": _cpu(),
+        "cpu": [*names, platform.processor() or platform.machine()][0],
         "cores": os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -327,15 +288,6 @@ def mlx_environment() -> dict[str, str]:
     """
     openblas = find_library("openblas") if sys.platform == "linux" else None
     return {"LD_PRELOAD": openblas} if openblas else {}
-
-
-def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _revision() -> str | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
 from itertools import product
@@ -13,31 +13,19 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
+import numpy as np
+
 from benchmarks import device_parts
-from benchmarks.common import (
-    Row,
-    alternate_ms,
-    package_versions,
-    random_prompt,
-    random_tree,
-)
-from benchmarks.device_parts import (
-    SAMPLINGS,
-    Device,
-    Find,
-    exact,
-    peer,
-    run_command,
-    tests,
-    verify_rows,
-)
-from benchmarks.random_pair import SHAPES, write_drafter, write_target
+from benchmarks.common import Row, alternate_ms, package_versions, random_prompt
+from benchmarks.device_parts import Device, Find, exact, peer, run_command, tests, verify_rows
+from benchmarks.random_pair import SHAPES, load_pair, random_tensor
 from benchmarks.report import Part
-from treeflash.config import DecodeConfig, Method, SamplingConfig
+from treeflash.config import DecodeConfig, LoadConfig, Method, SamplingConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
+from treeflash.testing.comparisons import random_tree
 
 OPTIONAL_PACKAGES = (
     *("triton", "accelerate", "flash-linear-attention", "causal-conv1d", "kernels"),
@@ -46,10 +34,12 @@ OPTIONAL_PACKAGES = (
 VARIABLES = ("CUDA_", "NVIDIA_TF32", "NVIDIA_VISIBLE", "PYTORCH_", "TORCH_", "TRITON_")
 """The beginnings of the names of variables that the machine's part lists. None is a secret, as
 `NVIDIA_API_KEY` is."""
-CAPTURED = ("the target", "the drafter", "the AR head")
-"""Functions that every iteration of a greedy text replays."""
-LARGE = (("qwen3-8b", 60, 20), ("qwen3-4b", 20, 10))
-"""Shapes of `iterations`, and the GiB that each takes of the GPU and of the temporary folder."""
+SAMPLINGS = {
+    "greedy": SamplingConfig(),
+    "sampled": SamplingConfig(temperature=0.8, top_p=0.9, seed=1),
+}
+LARGE = ("qwen3-8b", 60), ("qwen3-4b", 20)
+"""Shapes of `iterations`, and the GiB of the GPU that each takes."""
 WARM_UP, MEASURED, PROFILED = 8, 16, 10
 """Iterations before the measured ones, these, and the ones of the profile."""
 PROMPT_TOKENS = 256
@@ -62,47 +52,11 @@ TIMED_CALLS = {
     "commit": ("verifier", "commit"),
 }
 """The calls of an iteration that the device's clock measures: a backend's role, and a method."""
-# What a part has found is judged by functions of plain values.
 
 
-def kernel_problems(verdicts: Mapping[str, str], where: str) -> Iterator[str]:
-    """Yield a line for each operation that runs without its kernel.
-
-    Args:
-        verdicts: what runs each operation, or the reason; see `Operations.verdicts`.
-        where: dtype and shapes.
-    """
-    for name, verdict in verdicts.items():
-        if not verdict.startswith("used"):
-            yield f"{name} runs in PyTorch with {where}: {verdict}"
-
-
-def graph_problems(
-    tried: Iterable[Any], replays: Mapping[str, int], expected: Sequence[str]
-) -> Iterator[str]:
-    """Yield a line for each function that could not be captured, or was not replayed.
-
-    Args:
-        tried: the captures; see `treeflash_cuda.gpu.graphs.Capture`.
-        replays: their numbers, by function.
-        expected: functions that should have been replayed.
-    """
-    for capture in tried:
-        if capture.reason:
-            yield f"{capture.name} could not be captured: {capture.reason}"
-    for name in expected:
-        if not replays.get(name):
-            yield f"{name} never ran from a CUDA graph"
-
-
-def choose_shape(free_memory: int, free_disk: int) -> str:
-    """Return the largest shape that fits these bytes of the GPU and of the disk."""
-    fitting = (
-        name
-        for name, memory_gib, disk_gib in LARGE
-        if free_memory > memory_gib << 30 and free_disk > disk_gib << 30
-    )
-    return next(fitting, "tiny")
+def choose_shape(free_memory: int) -> str:
+    """Return the largest shape that fits these bytes of the GPU."""
+    return next((name for name, gib in LARGE if free_memory > gib << 30), "tiny")
 
 
 def kernel_rows(averages: Iterable[Any], iterations: int) -> list[Row]:
@@ -169,29 +123,23 @@ def machine(gpu: Gpu, part: Part) -> None:
 def speed(gpu: Gpu, part: Part) -> None:
     """Measure every method of the real pair, and what of it runs without kernels and graphs."""
     backend: Any = device_parts.speed(gpu, part).backend
-    target = backend.target
-    if target.operations is not None:
-        for line in kernel_problems(target.operations.verdicts, "the real target"):
-            part.problem(line)
-    graphs = target.graphs
+    graphs = backend.target.graphs
     for name in dict.fromkeys(x.name for x in graphs.tried):
         done = [x.seconds for x in graphs.tried if x.name == name and not x.reason]
         row = {"function": name, "captured": len(done), "replays": graphs.replays[name]}
         part.add("graphs", **row, capture_ms=1000 * median(done or [0]))
-    for line in graph_problems(graphs.tried, graphs.replays, CAPTURED[:1]):
-        part.problem(line)
+    if not graphs.replays["the target"]:
+        part.problem("the target never ran from a CUDA graph")
 
 
 def iterations(gpu: Gpu, part: Part) -> None:
     """Measure passes and iterations of a pair of random weights."""
-    free_disk = shutil.disk_usage(gpu.folder).free
-    shape = gpu.args.shape or choose_shape(gpu.free_bytes(), free_disk)
-    settings = SHAPES[shape]
+    shape = gpu.args.shape or choose_shape(gpu.free_bytes())
     dtype = "bfloat16" if gpu.device.type == "cuda" else "float32"
-    pair = gpu.folder / "target", gpu.folder / "drafter"
-    write_target(pair[0], settings, gpu.device, dtype)
-    write_drafter(pair[1], settings, gpu.device, dtype)
-    backend = gpu.load(pair, dtype=dtype)
+    settings = LoadConfig(device=gpu.args.device, dtype=dtype)
+    make = partial(random_tensor, device=gpu.device, dtype=dtype)
+    backend = load_pair(SHAPES[shape], settings, make)
+    weights = sum(backend.weights_read["a pass reads"].values())
     bandwidth = copy_bandwidth(gpu.device)
     part.add("pair", shape=shape, dtype=dtype, copy_gb_per_s=bandwidth / 1e9)
     for count, (sampling, settings_of_text) in product((1, 8, 32), SAMPLINGS.items()):
@@ -216,7 +164,8 @@ def iterations(gpu: Gpu, part: Part) -> None:
     contexts = [x for x in (64, 1024, 8192, 32_768) if x < backend.max_positions]
     for context in contexts[: 1 if shape == "tiny" else None]:
         for row in verify_rows(backend, [context], [1, 8, 16, 64], 5):
-            limit = 1000 * read_bytes(backend, settings, context) / bandwidth
+            nbytes = weights + backend.state_nbytes(context, drafts=False)
+            limit = 1000 * nbytes / bandwidth
             part.add("passes", **row, share_of_bandwidth=limit / row["verify_ms"])
         if gpu.is_late:
             part.note(f"passes were cut short after {context} positions")
@@ -233,7 +182,7 @@ def wide_rows(backend: Any, repeats: int) -> list[Row]:
     from treeflash_cuda.gpu import graphs, row_pass
 
     rows = WIDE_TREES * WIDE_NODES
-    tree = random_tree(backend.vocab_size, WIDE_NODES)
+    tree = random_tree(np.random.default_rng(1), 0, WIDE_NODES, backend.vocab_size)
     params = SamplingParams.from_positions(SamplingConfig(), tree.positions(WIDE_CONTEXT + 1))
     with ExitStack() as stack:
         sessions = [
@@ -265,30 +214,20 @@ def synchronize(device: Any) -> None:
 
 
 def copy_bandwidth(device: Any) -> float:
-    """Measure the bytes per second of a large copy, read and written, the best of ten."""
+    """Measure the bytes per second of a large copy, read and written."""
     import torch
 
-    size = 2**30 if device.type == "cuda" else 2**26
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    source = torch.zeros(
+        2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device
+    )
     target = torch.empty_like(source)
-    times = []
-    for _ in range(10):
-        synchronize(device)
-        started = time.perf_counter()
+
+    def copy() -> None:
         target.copy_(source)
         synchronize(device)
-        times.append(time.perf_counter() - started)
-    return 2 * size / min(times)
 
-
-def read_bytes(backend: Any, shape: Row, context: int) -> int:
-    """Count what a forward pass must read: the weights, and the KV cache of the context."""
-    weights = sum(p.numel() * p.element_size() for p in backend.target.model.parameters())
-    embeddings = backend.target.embeddings
-    if not shape["tie_word_embeddings"]:  # the lookup reads one row per token
-        weights -= embeddings.numel() * embeddings.element_size()
-    width = shape["num_key_value_heads"] * shape["head_dim"] * embeddings.element_size()
-    return int(weights + 2 * shape["num_hidden_layers"] * width * context)
+    (ms,) = alternate_ms([copy], 10)
+    return 2000 * source.nbytes / ms
 
 
 def start_texts(backend: Any, texts: int, config: DecodeConfig) -> Scheduler:
@@ -316,32 +255,28 @@ class DeviceClock:
         """Put events around the calls of a backend."""
         with ExitStack() as patches:
             for name, (role, method) in TIMED_CALLS.items():
-                if (owner := getattr(backend, role)) is not None:
-                    timed = self._timed(name, getattr(owner, method))
-                    patches.enter_context(mock.patch.object(owner, method, timed))
+                owner = getattr(backend, role)
+                timed = partial(self._time, name, getattr(owner, method))
+                patches.enter_context(mock.patch.object(owner, method, timed))
             yield
 
-    def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _time(self, name: str, call: Callable[..., Any], *args: Any) -> Any:
         import torch
 
-        def timed(*args: Any) -> Any:
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            result = call(*args)
-            last.record()
-            self._calls.append((name, first, last))
-            return result
-
-        return timed
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        result = call(*args)
+        last.record()
+        self._calls.append((f"{name}_device_ms", first, last))
+        return result
 
     def read(self) -> dict[str, float]:
         """Return the milliseconds of each call since the last time; the device is idle."""
-        found: dict[str, float] = {}
+        found: Counter[str] = Counter()
         for name, first, last in self._calls:
-            name = f"{name}_device_ms"
-            found[name] = found.get(name, 0.0) + first.elapsed_time(last)
+            found[name] += first.elapsed_time(last)
         self._calls.clear()
-        return found
+        return dict(found)
 
 
 def iteration_row(backend: Any, texts: int, config: DecodeConfig) -> Row:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from shutil import which
 from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
 
 from benchmarks.common import (
     ROOT,
@@ -25,7 +26,6 @@ from benchmarks.common import (
     alternate_ms,
     first_difference,
     random_prompt,
-    random_tree,
     supported_methods,
 )
 from benchmarks.decoding.methods import Case, Text, decode, figures
@@ -33,13 +33,13 @@ from benchmarks.peers.comparison import decode_seconds, new_tokens
 from benchmarks.peers.system import BASELINES, SYSTEMS, Peer, setup_of
 from benchmarks.report import LeftOutError, Part
 from treeflash.cli.options import load_model, locate_model
-from treeflash.config import AUTO, LoadConfig, Method, SamplingConfig
-from treeflash.decoding.interfaces import Backend
+from treeflash.config import AUTO, Method
+from treeflash.decoding.interfaces import Backend, DeviceReport, device_report
 from treeflash.decoding.session import SequenceSession
 from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash.hub.models import resolve_target
 from treeflash.language_model import LanguageModel, LocatedPair
-from treeflash.registry import loader
+from treeflash.testing.comparisons import random_tree
 from treeflash.text.prompt import encode
 from treeflash.text.tokenizer import Tokenizer
 
@@ -49,10 +49,6 @@ PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number, and explain it.",
     "Why is the sky blue? Answer in one paragraph.",
 )
-SAMPLINGS = {
-    "greedy": SamplingConfig(),
-    "sampled": SamplingConfig(temperature=0.8, top_p=0.9, seed=1),
-}
 SUITE = ROOT / "tests" / "conformance" / "test_device.py"
 
 
@@ -62,13 +58,11 @@ class Device:
 
     Attributes:
         args: the command line.
-        folder: for files of the parts.
         end: when the time for all parts is over.
         missing: why there is no real target; empty if there is one.
     """
 
     args: Any
-    folder: Path
     end: float
     missing: str = ""
 
@@ -78,10 +72,6 @@ class Device:
     def is_late(self) -> bool:
         """Whether the time for all parts is over."""
         return time.time() > self.end
-
-    def load(self, pair: tuple[Path, Path], **settings: Any) -> Any:
-        """Load a pair on the device; see `LoadConfig`."""
-        return loader(self.backend)(*pair, LoadConfig(device=self.args.device, **settings))
 
     def locate(self) -> LocatedPair:
         """Locate the real pair; a part without one is left out."""
@@ -148,17 +138,8 @@ def tests(device: Device, part: Part) -> None:
                 pytest.exit("the time was over", 0)
 
     results = Results()
-    options = [
-        "-q",
-        "-rN",
-        "-m",
-        "device",
-        "-c",
-        str(ROOT / "pyproject.toml"),
-        "-p",
-        "no:cacheprovider",
-    ]
-    pytest.main([*options, str(SUITE)], plugins=[results])
+    options = f"-q -rN -m device -p no:cacheprovider -c {ROOT / 'pyproject.toml'}"
+    pytest.main([*options.split(), str(SUITE)], plugins=[results])
     part.add("tests", **results.outcomes)
     if device.is_late:
         part.note("tests were cut short")
@@ -170,12 +151,33 @@ def prompt_ids(tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def speed(device: Device, part: Part) -> LanguageModel:
-    """Measure every method of the real pair; returns the pair."""
+    """Measure every method of the real pair, and name its kernels; returns the pair."""
     model = device.load_model()
     methods = supported_methods(model.backend)
     for row in method_rows(model, methods, prompt_ids(model.tokenizer), device.args.max_tokens):
         part.add("methods", **row)
+    add_kernels(part, device_report(model.backend))
     return model
+
+
+def add_kernels(part: Part, report: DeviceReport) -> None:
+    """Add the verdicts on kernels, what compilers say, and which kernels do not run."""
+    for kernel, verdicts in report.kernels.items():
+        for size, verdict in verdicts.items():
+            part.add("verdicts", kernel=kernel, size=size, verdict=verdict)
+    for kernel, message in report.messages.items():
+        part.add("messages", kernel=kernel, message=message)
+    for line in kernel_problems(report):
+        part.problem(line)
+
+
+def kernel_problems(report: DeviceReport) -> Iterator[str]:
+    """Yield a line for each kernel that is wrong or does not compile; a slower one is right."""
+    for kernel, verdicts in report.kernels.items():
+        for size, verdict in verdicts.items():
+            is_right = verdict.startswith("used") or "times as fast" in verdict
+            if not is_right or "; not with " in verdict:
+                yield f"{kernel}, {size}: {verdict}"
 
 
 def peer(device: Device, part: Part) -> None:
@@ -242,7 +244,7 @@ def verify_rows(
 ) -> list[Row]:
     """Measure the target's forward pass over a random tree, by context and nodes."""
     rows = []
-    trees = [random_tree(backend.vocab_size, size) for size in sizes]
+    trees = [random_tree(np.random.default_rng(1), 0, n, backend.vocab_size) for n in sizes]
     for context in contexts:
         with SequenceSession(backend, capacity=context + max(sizes)) as session:
             if context:

@@ -18,11 +18,10 @@ time for the parts begins. They run in this order, each in its own process:
 - `exact`: the same in exact mode, or why that is refused.
 - on a GPU `iterations`: a forward pass by nodes and context, an iteration by phase for 1, 8 and 32
   texts, by the host's clock and by the device's, and its longest kernels, with random weights in
-  the shape of the largest Qwen3 model that fits the GPU and the folder of temporary files
-  (`TMPDIR`).
-- on a Mac `prompts`, `passes`, `host` and `buffers`: a prompt with and without the CPU's share, a
-  forward pass by nodes and committed positions, the time in which Python builds a pass and a
-  commit, and plain decoding with other sizes of command buffers.
+  the shape of the largest Qwen3 model that fits the GPU.
+- on a Mac `prompts`, `passes`, `host`, `plain` and `larger buffers`: a prompt with and without the
+  CPU's share, a forward pass by nodes and committed positions, the time in which Python builds a
+  pass and a commit, and plain decoding with usual and with larger command buffers.
 - on a Mac `memory` and `kernels`: the peak of a text, and which kernels are right and faster than
   MLX's operations, on shapes of common models.
 - `tests`: the tests for devices, with tiny models of random weights. Kernels that are not used,
@@ -35,18 +34,16 @@ need more packages: `pip install '.[cuda,testing]'`, and on a Mac `'.[mlx,testin
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 
-from benchmarks.common import Parser, require_testing
+from benchmarks.common import Parser, command, require_testing
 from benchmarks.random_pair import SHAPES
 from benchmarks.report import Part, Report
-from treeflash.cli.console import guarded
 from treeflash.cli.options import add_model_options, locate_model
 from treeflash.errors import ConfigError, TreeflashError
 from treeflash.registry import loader
@@ -94,10 +91,9 @@ def summary(parts: Sequence[Part]) -> Iterator[str]:
         yield f"{name}: {row['system']}, {row['method']}: {', '.join(parts_of_line)}"
 
 
-@guarded
-def main(argv: Sequence[str] | None = None) -> int:
+@command(parser)
+def main(args: Namespace) -> int:
     """Run all parts, print, write."""
-    args = parser().parse_args(argv)
     args.backend = choose_backend(args.backend)
     loader(args.backend)  # its error is clearer than an import's
     require_testing(args.backend)
@@ -114,14 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = str(error)
     facts = {"backend": args.backend, "target": missing or args.target}
     report = Report("device_report", args.json, facts, 60 * args.minutes)
-    with tempfile.TemporaryDirectory() as folder:
-        device = parts.DEVICE(args, Path(folder), report.end, missing)
-        print(f"no part starts after {args.minutes} minutes", flush=True)
-        started = time.monotonic()
-        for number, (name, find) in enumerate(parts.PARTS.items(), 1):
-            minutes = (time.monotonic() - started) / 60
-            print(f"part {number} of {len(parts.PARTS)}: {name}, at {minutes:.1f} min", flush=True)
-            report.run(name, partial(find, device))
+    device = parts.DEVICE(args, report.end, missing)
+    print(f"no part starts after {args.minutes} minutes", flush=True)
+    started = time.monotonic()
+    for number, (name, find) in enumerate(parts.PARTS.items(), 1):
+        minutes = (time.monotonic() - started) / 60
+        print(f"part {number} of {len(parts.PARTS)}: {name}, at {minutes:.1f} min", flush=True)
+        report.run(name, partial(find, device))
     for line in summary(report.parts):
         print(line)
     return report.close()

@@ -13,52 +13,46 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections import Counter
+from functools import partial
 from importlib.metadata import version
 
-from benchmarks.common import ROOT, Parser, require_testing
-from treeflash.cli.console import guarded
-from treeflash.errors import ConfigError
+from benchmarks.common import ROOT, Parser, command, require_testing
 from treeflash.registry import loader
 
 FRAMEWORKS = {"cuda": "transformers", "mlx": "mlx-lm"}
 OUTCOMES = ("verified", "refused")
 
 
-def run_families(backend: str) -> dict[str, str]:
+def outcomes_of(backend: str) -> dict[str, str]:
     """Return the outcome of each model type that could be tried."""
-    script = "tests.helpers.families"
     run = subprocess.run(
-        [sys.executable, "-m", script, backend],
+        [sys.executable, "-m", "tests.helpers.families", backend],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
-        check=False,
+        check=True,
         env=os.environ | {"PYTHONWARNINGS": "ignore"},
     )
-    if run.returncode:
-        raise ConfigError(f"{script} failed with exit status {run.returncode}")
     words = (line.split() for line in run.stdout.partition("\n\n")[0].splitlines())
     return {name: outcome for name, outcome, *_ in words if outcome in OUTCOMES}
 
 
-@guarded
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run both scripts and print the table."""
-    Parser(__doc__, json=False).parse_args(argv)
+@command(partial(Parser, __doc__, json=False))
+def main(_: Namespace) -> int:
+    """Try the types of each backend in a process of its own, and print the list and the table."""
     for backend in FRAMEWORKS:
         loader(backend)  # its error is clearer than a script's
         require_testing(backend)
-    outcomes = {backend: run_families(backend) for backend in FRAMEWORKS}
+    found = {backend: outcomes_of(backend) for backend in FRAMEWORKS}
     for backend, framework in FRAMEWORKS.items():
-        verified, refused = (list(outcomes[backend].values()).count(x) for x in OUTCOMES)
-        print(
-            f"- `{backend}`, {framework} {version(framework)}: "
-            f"{verified} verified, {refused} refused"
-        )
-    print("\n| model type | " + " | ".join(outcomes) + " |\n| --- | --- | --- |")
-    for name in sorted(set().union(*outcomes.values())):
-        print(f"| {name} | {' | '.join(x.get(name, '-') for x in outcomes.values())} |")
+        counts = Counter(found[backend].values())
+        shown = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES)
+        print(f"- `{backend}`, {framework} {version(framework)}: {shown}")
+    print("\n| model type | " + " | ".join(found) + " |\n| --- | --- | --- |")
+    for name in sorted(set().union(*found.values())):
+        print(f"| {name} | {' | '.join(x.get(name, '-') for x in found.values())} |")
     return 0
 
 

@@ -13,9 +13,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -36,11 +37,9 @@ from treeflash_cuda.quantised_weights import BITS, GROUP, QuantisedWeight
 from treeflash_cuda.recurrence import PATH_COLUMNS, TreeNodes
 from treeflash_cuda.visible_keys import SharedWork, VisibleKeys
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
-from benchmarks.common import Parser, Row, integer, show, write_json
-from treeflash.cli.console import guarded
+from benchmarks.common import Parser, Row, command, integer, publish
 from treeflash.errors import ConfigError
 
 SHARED_MEMORY = {
@@ -64,17 +63,16 @@ CONVOLUTIONS = (8192, 4, "silu"), (2048, 3, None)
 """Channels, kernel and activation of the convolutions of Qwen3-Next and LFM2, likewise."""
 
 
-class CompileOnly(DriverBase):
-    """A driver of Triton whose launches compile for a device, and run nothing."""
+class CompileOnly:
+    """A driver of Triton whose launches compile for a device, and run nothing.
+
+    It has what compiling asks a driver for.
+    """
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
         self.cubins: list[tuple[str, bytes, int]] = []  # name, program, and bytes of shared memory
         self.utils = self
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.capability, 32)
@@ -89,23 +87,12 @@ class CompileOnly(DriverBase):
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 1 << 30}  # the table tells which kernels need too much
 
-    def load_binary(
-        self, name: str, kernel: bytes, shared: int, device: int
-    ) -> tuple[None, None, int, int, int]:
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
         self.cubins.append((name, kernel, shared))
         return None, None, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         return lambda *_: None
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
-
-    def get_active_torch_device(self) -> torch.device:
-        raise NotImplementedError
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError
 
 
 def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: torch.dtype) -> None:
@@ -198,7 +185,7 @@ def launch_recurrence(
 def measure(capability: int, model: str) -> Iterator[Row]:
     """Yield what each kernel takes for a model on an architecture."""
     compiler = CompileOnly(capability)
-    driver.set_active(compiler)
+    driver.set_active(cast(Any, compiler))
     heads, kv_heads, head_dim, hidden, dtype = SHAPES[model]
     if dtype == torch.bfloat16 and capability < FIRST_BFLOAT16:
         dtype = torch.float16
@@ -234,18 +221,14 @@ def parser() -> Parser:
     return options
 
 
-@guarded
-def main(argv: Sequence[str] | None = None) -> int:
+@command(parser)
+def main(args: Namespace) -> int:
     """Compile, print, write."""
-    args = parser().parse_args(argv)
     if triton.knobs.runtime.interpret:
         raise ConfigError("TRITON_INTERPRET is set, but an interpreter compiles nothing; unset it")
     capabilities = [args.capability] if args.capability else list(SHARED_MEMORY)
     pairs = list(product(capabilities, [args.model] if args.model else SHAPES))
-    rows = [row for pair in track(pairs, "compiling") for row in measure(*pair)]
-    show("resources of kernels", rows)
-    write_json(args.json, "kernels", {"rows": rows})
-    return 0
+    return publish(args, {}, rows=[x for pair in track(pairs, "compiling") for x in measure(*pair)])
 
 
 if __name__ == "__main__":

@@ -22,46 +22,28 @@ All sequences have the same context, a tree of the same size, and capacity for 2
 
 from __future__ import annotations
 
-import json
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import islice
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 
-from benchmarks.common import (
-    Parser,
-    Row,
-    layers_of_transformers,
-    require_testing,
-    show,
-    write_json,
-)
-from benchmarks.random_pair import SHAPES, drafter_config
-from treeflash.cli.console import guarded
+from benchmarks.common import ROOT, Parser, Row, command, publish, require_testing
+from benchmarks.random_pair import SHAPES, load_pair
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import Prefill, TableOptions, Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.formats import (
-    DFLASH,
-    HEADS,
-    drafter_shapes,
-    parse_drafter_config,
-)
-from treeflash.drafters.loading import DrafterTensors
 from treeflash.errors import ConfigError
 
 LAYERS = "treeflash", "transformers"
 """Whose layers the target has."""
-HARNESS = Path(__file__).parents[1] / "tests" / "cuda"
+HARNESS = [str(ROOT / "tests" / name) for name in ("cuda", "helpers")]
 CAPACITY, TEXT = 2000, 200
 MEMORY = 80 << 30
 """Bytes that the device has free."""
@@ -87,46 +69,46 @@ def count_operations(
 ) -> tuple[dict[str, Cost], int]:
     """Count what the parts of an iteration of some sequences take, and the allocations."""
     backend.target.graphs.enabled = False
-    marks: list[Cost] = []
-    layer = backend.target.layers[1]
+    options = options or TableOptions(m=4, k=8, shortlist=256, rows=16)
+    states = [backend.open(context + CAPACITY, drafts=True) for _ in range(sequences)]
+    backend.verifier.run([Prefill(state, [3] * context, None) for state in states])
+    backend.drafter.draft([(state, 1) for state in states])
+    started: dict[str, Cost] = {}
+    found: dict[str, Cost] = {}
 
     def so_far() -> Cost:
         attention = cuda.launches.count("tree_attention")
         operations = len(cuda.launches)
         return Cost(operations, operations + attention, cuda.nbytes, cuda.count.reads)
 
-    def mark(*_: Any) -> None:
-        marks.append(so_far())
+    def begin(name: str) -> None:
+        started[name] = so_far()
 
-    hooks = layer.register_forward_pre_hook(mark), layer.register_forward_hook(mark)
-    states = [backend.open(context + CAPACITY, drafts=True) for _ in range(sequences)]
-    backend.verifier.run([Prefill(state, [3] * context, None) for state in states])
-    backend.drafter.draft([(state, 1) for state in states])
-    found: dict[str, Cost] = {}
-
-    def difference(first: Cost, last: Cost) -> Cost:
-        return Cost(*(y - x for x, y in zip(first, last, strict=True)))
+    def end(name: str) -> None:
+        found[name] = Cost(*(y - x for x, y in zip(started[name], so_far(), strict=True)))
 
     def count(name: str, call: Callable[[], Any]) -> Any:
-        before = so_far()
+        begin(name)
         result = call()
-        found[name] = difference(before, so_far())
+        end(name)
         return result
 
-    marks.clear()
     parents = np.array([-1, *((i - 1) // 2 for i in range(1, nodes))])
     tree = DraftTree.from_parents(np.arange(nodes, dtype=np.int32), parents)
     work = [Verify(state, tree, SamplingParams()) for state in states]
+    layer = backend.target.layers[1]
+    hooks = (
+        layer.register_forward_pre_hook(lambda *_: begin("layer")),
+        layer.register_forward_hook(lambda *_: end("layer")),
+    )
     verified = count("verify", lambda: backend.verifier.run(work))
-    found["layer"] = difference(*marks[:2])
+    for hook in hooks:
+        hook.remove()
     path = np.array([0, 2], np.int32)
     count("commit", lambda: backend.verifier.commit(verified, [(state, path) for state in states]))
     blocks = count("draft", lambda: backend.drafter.draft([(state, 1) for state in states]))
-    options = options or TableOptions(m=4, k=8, shortlist=256, rows=16)
     count("head", lambda: backend.head.transitions(blocks, options))
     slabs = sum(len(x.slabs) for x in (backend.target.arena, backend.drafter_arena))
-    for hook in hooks:
-        hook.remove()
     for state in states:
         state.close()
     return found, slabs
@@ -145,55 +127,14 @@ def count_graphs(backend: Any, iterations: int) -> int:
 def load_without_weights(shape: dict[str, Any], layers: str) -> Any:
     """Create a pair in a published shape whose weights have no values; see `LAYERS`."""
     import torch
-    from transformers import AutoModelForCausalLM
-    from treeflash_cuda import backend, drafter_loading, target_loading
-    from treeflash_cuda.decoder.weights import Checkpoint
-    from treeflash_cuda.hf import model_target
+    from treeflash_cuda import target_loading
 
-    class WithoutWeights(Checkpoint):
-        """Tensors of any names."""
+    def make(_: str, size: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.bfloat16)
 
-        foreign = None
-
-        def __init__(self, *_: Any) -> None:
-            self.wholes, self.packed, self.tensors, self.place = {}, {}, {}, "model"
-
-        def read(self, _: str, shape: tuple[int, ...]) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.bfloat16)
-
-    config = parse_drafter_config(drafter_config(shape))
-    head = shape["intermediate_size"]
-
-    def load_model(_: Path, settings: Any, dtype: torch.dtype, device: Any, **__: Any) -> Any:
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(
-                settings, dtype=dtype, attn_implementation="eager"
-            )
-        return model.eval()
-
-    def read(*_: Any) -> DrafterTensors[torch.Tensor]:
-        assert config.head is not None
-        names = HEADS[config.head].shapes(config, shape["vocab_size"], head)
-        prefix = HEADS[config.head].prefix
-        parts: dict[str, dict[str, torch.Tensor]] = {"backbone": {}, "head": {}}
-        for name, size in drafter_shapes(config, head).items():
-            part = "head" if name in names else "backbone"
-            stored = name.removeprefix(prefix) if name in names else name
-            parts[part][stored] = torch.empty(size, dtype=torch.bfloat16)
-        return DrafterTensors(config=config, head_size=head, vocabulary={}, **parts)
-
-    layout = SimpleNamespace(format=DFLASH, config=config, read=read)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(drafter_loading, "read_layout", return_value=layout),
-    ):
-        Path(folder, "config.json").write_text(json.dumps(shape), encoding="utf-8")
-        with (
-            mock.patch.object(model_target, "load_model", load_model),
-            mock.patch.object(target_loading, "Checkpoint", WithoutWeights),
-            layers_of_transformers() if layers == "transformers" else nullcontext(),
-        ):
-            return backend.load(Path(folder), Path(folder), LoadConfig(dtype="bfloat16"))
+    theirs = mock.patch.object(target_loading, "own_layers", return_value="a benchmark's choice")
+    with theirs if layers == "transformers" else nullcontext():
+        return load_pair(shape, LoadConfig(dtype="bfloat16"), make)
 
 
 def rows(cuda: Any, backend: Any, args: Any) -> list[Row]:
@@ -227,37 +168,26 @@ def parser() -> Parser:
     return options
 
 
-@guarded
-def main(argv: Sequence[str] | None = None) -> int:
+@command(parser)
+def main(args: Namespace) -> int:
     """Count, print, write."""
-    args = parser().parse_args(argv)
     require_testing("cuda")
     import pytest
     import torch
 
     if not torch.backends.cuda.is_built():
         raise ConfigError("this needs a build of PyTorch with CUDA; a GPU is not needed")
-    sys.path.append(str(HARNESS))
+    sys.path += HARNESS
     from fake_cuda import FakeCuda
 
     with pytest.MonkeyPatch.context() as patch, FakeCuda(patch) as cuda:
         cuda.free_bytes = MEMORY
         backend = load_without_weights(SHAPES[args.shape], args.layers)
         found = rows(cuda, backend, args)
-        graphs: Row = {
-            "iterations": args.iterations,
-            "graphs": count_graphs(backend, args.iterations),
-        }
-    about = {
-        "shape": args.shape,
-        "layers": args.layers,
-        "nodes": args.nodes,
-        "context": args.context,
-    }
-    show("an iteration", found)
-    show("graphs of --budget auto", [graphs])
-    write_json(args.json, "launches", about | {"rows": found, "auto": graphs})
-    return 0
+        graphs = count_graphs(backend, args.iterations)
+    about = {name: getattr(args, name) for name in ("shape", "layers", "nodes", "context")}
+    auto = [{"iterations": args.iterations, "graphs": graphs}]
+    return publish(args, about, rows=found, auto=auto)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import ctypes
 import os
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
@@ -26,8 +27,7 @@ from treeflash_mlx import hybrid
 from treeflash_mlx.metal_kernels import attention, gated_delta, products
 from treeflash_mlx.metal_kernels.gated_delta import Steps
 
-from benchmarks.common import Parser
-from treeflash.cli.console import guarded
+from benchmarks.common import Parser, command
 
 INCLUDES = Path(mx.__file__).parent / "include"
 """A folder of MLX's package, which has the file of the `PRELUDE`."""
@@ -134,14 +134,17 @@ def sources(call: Callable[..., Any], arguments: Sequence[mx.array]) -> dict[str
     return {name: text for (name,), text in zip(names, texts, strict=True)}
 
 
-@guarded
-def main(argv: Sequence[str] | None = None) -> int:
+def parser() -> Parser:
+    """Build the parser of the command line."""
+    options = Parser(__doc__, json=False)
+    options.add_argument("folder", type=Path, metavar="FOLDER", help="made if missing")
+    return options
+
+
+@command(parser)
+def main(args: Namespace) -> int:
     """Write the files."""
-    parser = Parser(__doc__, json=False)
-    parser.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="for the files; made if missing"
-    )
-    folder: Path = parser.parse_args(argv).folder
+    folder: Path = args.folder
     folder.mkdir(parents=True, exist_ok=True)
     # While it traces, MLX computes some weights, which a virtual GPU may not be able to.
     mx.set_default_device(mx.cpu)

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
 from benchmarks.common import (
-    Row,
+    alternate_ms,
     describe,
     first_difference,
     random_prompt,
-    random_tree,
     supported_methods,
 )
 from benchmarks.device_parts import (
     PROMPTS,
     Device,
     Find,
+    add_kernels,
     exact,
     peer,
     prompt_ids,
@@ -34,26 +32,22 @@ from benchmarks.device_parts import (
     verify_rows,
 )
 from benchmarks.report import Part
-from treeflash.config import GIB, LoadConfig, Method
-from treeflash.decoding.interfaces import DeviceReport, device_report
+from treeflash.config import GIB, LoadConfig
+from treeflash.decoding.interfaces import device_report
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
-from treeflash.language_model import LanguageModel
 from treeflash.registry import examine_device
+from treeflash.testing.comparisons import random_tree
 
 PLAIN_CONTEXTS, PLAIN_TOKENS = (64, 8192), 32
 AHEAD_AFTER = 2
 """Tokens of plain decoding before the first whose pass was submitted ahead."""
-BUFFERS = {
-    "chosen by MLX": {},
-    "larger": {"MLX_MAX_OPS_PER_BUFFER": "200", "MLX_MAX_MB_PER_BUFFER": "400"},
-}
-"""Sizes of command buffers, as variables of the environment. MLX ends a buffer after 20 to 50
+LARGER = {"MLX_MAX_OPS_PER_BUFFER": "200", "MLX_MAX_MB_PER_BUFFER": "400"}
+"""Larger command buffers, as variables of the environment. MLX ends a buffer after 20 to 50
 operations by the chip, or after 40 to 50 million elements."""
 HOST_NODES, HOST_CONTEXT = (1, 8, 16), 64
 """Nodes and committed positions of the passes whose building is timed."""
 PROMPT_LENGTHS, PROMPT_ROUNDS = (2048, 8192), 2
-T = TypeVar("T")
 
 
 class Mac(Device):
@@ -72,35 +66,29 @@ def machine(mac: Mac, part: Part) -> None:
     run_command(part, "power", "pmset", "-g", "therm")
 
 
-def speed_and_kernels(mac: Mac, part: Part) -> None:
-    """Measure every method, four texts at once, what passes cost, and the layers' own kernels."""
+def speed_together(mac: Mac, part: Part) -> None:
+    """Measure every method, what passes cost, and four texts at once, beside each alone."""
     model = speed(mac, part)
-    add_kernels(part, device_report(model.backend))
-    prompts, methods = prompt_ids(model.tokenizer), supported_methods(model.backend)
+    methods = supported_methods(model.backend)
     budget = model.adaptive_budgets.get(methods[-1], model.backend)
     for nodes, seconds in budget.costs.seconds.items():
         part.add("costs", nodes=nodes, pass_ms=1000 * seconds)
+    first, *others = prompt_ids(model.tokenizer)
+    texts = [first, *others, first]
     for method in (methods[0], methods[min(3, len(methods) - 1)]):
-        part.add("together", **together_row(model, method, prompts, mac.args.max_tokens))
-
-
-def together_row(
-    model: LanguageModel, method: Method, prompts: Sequence[list[int]], max_tokens: int
-) -> Row:
-    """Measure texts that are decoded at once, and compare them with each alone."""
-    texts = [*prompts, prompts[0]]
-    alone = [model.generate(prompt, method=method, max_tokens=max_tokens) for prompt in texts]
-    started = time.perf_counter()
-    together = model.generate_many(texts, parallel=len(texts), method=method, max_tokens=max_tokens)
-    found = dict(together)
-    seconds = time.perf_counter() - started
-    pairs = [(x.token_ids, found[i].token_ids) for i, x in enumerate(alone)]
-    return {
-        "method": method,
-        "texts": len(texts),
-        "tokens_per_s": sum(len(x.token_ids) for x in found.values()) / seconds,
-        "equal_up_to": min(first_difference(*pair) for pair in pairs),
-    }
+        options: Any = {"method": method, "max_tokens": mac.args.max_tokens}
+        alone = [model.generate(text, **options).token_ids for text in texts]
+        started = time.perf_counter()
+        found = dict(model.generate_many(texts, parallel=len(texts), **options))
+        seconds = time.perf_counter() - started
+        together = [found[number].token_ids for number in range(len(texts))]
+        part.add(
+            "together",
+            method=method,
+            texts=len(texts),
+            tokens_per_s=sum(map(len, together)) / seconds,
+            equal_up_to=min(map(first_difference, alone, together)),
+        )
 
 
 def passes(mac: Mac, part: Part) -> None:
@@ -124,86 +112,70 @@ def passes(mac: Mac, part: Part) -> None:
 
 
 def prompts(mac: Mac, part: Part) -> None:
-    """Measure a prompt with and without the CPU's share of its products; they take turns."""
-    backend = mac.load_model().backend
-    for length in [x for x in PROMPT_LENGTHS if x < backend.max_positions]:
-        for row in prompt_rows(backend, length):
-            part.add("prompts", **row)
-
-
-def prompt_rows(backend: Any, length: int) -> list[Row]:
-    """Measure how long it takes until the first token is known; the first call warms up."""
+    """Measure the time to the first token, with the CPU's share of products and without."""
     from treeflash_mlx import shared_products
 
-    ids = random_prompt(backend.vocab_size, length)
-    seconds: dict[str, list[float]] = {"shared where it wins": [], "GPU alone": []}
-    for _ in range(PROMPT_ROUNDS + 1):
-        for name, times in seconds.items():
-            least = 1 << 30 if name == "GPU alone" else shared_products.LEAST_ROWS
-            with (
-                patch.object(shared_products, "LEAST_ROWS", least),
-                SequenceSession(backend, capacity=length + 1) as sequence,
-            ):
-                started = time.perf_counter()
-                sequence.extend(ids)
-                times.append(time.perf_counter() - started)
-    return [
-        {"tokens": length, "products": name, "tokens_per_s": length / min(times[1:])}
-        for name, times in seconds.items()
-    ]
+    backend = mac.load_model().backend
+    ways = {"shared where it wins": shared_products.LEAST_ROWS, "GPU alone": 1 << 30}
+    for length in [x for x in PROMPT_LENGTHS if x < backend.max_positions]:
+        ids = random_prompt(backend.vocab_size, length)
+        calls = [partial(run_prompt, backend, ids, least) for least in ways.values()]
+        for name, ms in zip(ways, alternate_ms(calls, PROMPT_ROUNDS), strict=True):
+            part.add("prompts", tokens=length, products=name, tokens_per_s=1000 * length / ms)
+
+
+def run_prompt(backend: Any, ids: list[int], least_rows: int) -> None:
+    """Run a prompt whose products are shared with the CPU from some rows on."""
+    from treeflash_mlx import shared_products
+
+    with (
+        patch.object(shared_products, "LEAST_ROWS", least_rows),
+        SequenceSession(backend, capacity=len(ids) + 1) as sequence,
+    ):
+        sequence.extend(ids)
 
 
 def host(mac: Mac, part: Part) -> None:
-    """Measure how long Python builds a pass over a token and over trees, and a commit."""
-    backend = mac.load_model().backend
-    for nodes in HOST_NODES:
-        part.add("host", **host_row(backend, nodes, mac.args.repeats))
-
-
-def host_row(backend: Any, nodes: int, repeats: int) -> Row:
     """Measure how long a pass takes to build without its evaluation, and a commit after one."""
     import mlx.core as mx
     from treeflash_mlx.attention import TreePass
 
-    target, tree = backend.target, random_tree(backend.vocab_size, nodes)
-    path = np.flatnonzero(tree.ancestor_mask()[-1]).astype(np.int32)
-    builds, commits = [], []
-    capacity = HOST_CONTEXT + (repeats + 1) * len(path) + nodes
-    with SequenceSession(backend, capacity=capacity) as session:
-        session.extend(random_prompt(backend.vocab_size, HOST_CONTEXT))
-        state: Any = session.state
-        cache = state.kv_cache
-        for _ in range(repeats + 1):
-            storage, length = cache.storage, session.length
-            started = time.perf_counter()
-            made = TreePass.build([tree], [length], storage.columns - 1, solve=target.solve)
-            output = target.forward(mx.array(tree.tokens)[None], [cache], (), made)
-            builds.append(1000 * (time.perf_counter() - started))
-            mx.eval(output)
-            session.verify(tree)
-            started = time.perf_counter()
-            session.commit(path)
-            commits.append(1000 * (time.perf_counter() - started))
-            mx.synchronize()
-    times = {"build_ms": median(builds[1:]), "commit_ms": median(commits[1:])}
-    return {"layers": len(target.layers), "nodes": nodes, **times}
+    backend: Any = mac.load_model().backend
+    target, repeats = backend.target, mac.args.repeats
+    for nodes in HOST_NODES:
+        tree = random_tree(np.random.default_rng(1), 0, nodes, backend.vocab_size)
+        path = np.flatnonzero(tree.ancestor_mask()[-1]).astype(np.int32)
+        builds, commits = [], []
+        capacity = HOST_CONTEXT + (repeats + 1) * len(path) + nodes
+        with SequenceSession(backend, capacity=capacity) as session:
+            session.extend(random_prompt(backend.vocab_size, HOST_CONTEXT))
+            state: Any = session.state
+            cache = state.kv_cache
+            for _ in range(repeats + 1):
+                storage, length = cache.storage, session.length
+                started = time.perf_counter()
+                made = TreePass.build([tree], [length], storage.columns - 1, solve=target.solve)
+                output = target.forward(mx.array(tree.tokens)[None], [cache], (), made)
+                builds.append(1000 * (time.perf_counter() - started))
+                mx.eval(output)
+                session.verify(tree)
+                started = time.perf_counter()
+                session.commit(path)
+                commits.append(1000 * (time.perf_counter() - started))
+                mx.synchronize()
+        times = {"build_ms": median(builds[1:]), "commit_ms": median(commits[1:])}
+        part.add("host", layers=len(target.layers), nodes=nodes, **times)
 
 
-def buffers(mac: Mac, part: Part) -> None:
-    """Measure plain decoding with command buffers of other sizes."""
-    for size, environment in BUFFERS.items():
-        for row in in_process(plain, mac, environment=environment):
-            part.add("plain", buffers=size, **row)
+def larger_buffers(mac: Mac, part: Part) -> None:
+    """Measure plain decoding with larger command buffers, in the process that reads the sizes."""
+    with patch.dict(os.environ, LARGER):
+        plain(mac, part)
 
 
-def plain(mac: Mac) -> list[Row]:
-    """Load the target, and measure plain decoding."""
-    return plain_rows(mac.load_model().backend)
-
-
-def plain_rows(backend: Any) -> list[Row]:
+def plain(mac: Mac, part: Part) -> None:
     """Measure plain decoding after short and long texts, with the next pass submitted ahead."""
-    rows = []
+    backend: Any = mac.load_model().backend
     for context in PLAIN_CONTEXTS:
         length = min(context, backend.max_positions - AHEAD_AFTER - PLAIN_TOKENS)
         capacity, times = length + AHEAD_AFTER + PLAIN_TOKENS, []
@@ -214,39 +186,7 @@ def plain_rows(backend: Any) -> list[Row]:
                 root = int(sequence.verify(DraftTree.root_only(root))[0])
                 sequence.commit(np.zeros(1, np.int32))
                 times.append(1000 * (time.perf_counter() - started))
-        rows.append({"context": length, "token_ms": median(times[AHEAD_AFTER:])})
-    return rows
-
-
-def in_process(function: Callable[..., T], *arguments: Any, environment: Mapping[str, str]) -> T:
-    """Call a function in a separate process, with more variables in its environment."""
-    context = multiprocessing.get_context("spawn")
-    with patch.dict(os.environ, environment), ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def add_kernels(part: Part, report: DeviceReport) -> None:
-    """Add the verdicts on kernels, what compilers say, and which kernels are wrong."""
-    for kernel, verdicts in report.kernels.items():
-        for size, verdict in verdicts.items():
-            part.add("verdicts", kernel=kernel, size=size, verdict=verdict)
-    for kernel, message in report.messages.items():
-        part.add("messages", kernel=kernel, message=message)
-    for line in kernel_problems(report.kernels):
-        part.problem(line)
-
-
-def kernel_problems(kernels: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
-    """Yield a line for each kernel that is wrong or does not compile; one may be slower than MLX.
-
-    Args:
-        kernels: verdicts; see `treeflash.decoding.interfaces.DeviceReport`.
-    """
-    for kernel, verdicts in kernels.items():
-        for size, verdict in verdicts.items():
-            left_out = "; not with " in verdict
-            if left_out or (verdict.startswith("not used") and "times as fast" not in verdict):
-                yield f"{kernel}, {size}: {verdict}"
+        part.add("plain", context=length, token_ms=median(times[AHEAD_AFTER:]))
 
 
 def kernels(mac: Mac, part: Part) -> None:
@@ -269,13 +209,14 @@ def memory(mac: Mac, part: Part) -> None:
 PARTS: dict[str, Find] = {
     "machine": machine,
     "peer": peer,
-    "speed": speed_and_kernels,
+    "speed": speed_together,
     "peer again": peer,
     "exact": exact,
     "prompts": prompts,
     "passes": passes,
     "host": host,
-    "buffers": buffers,
+    "plain": plain,
+    "larger buffers": larger_buffers,
     "memory": memory,
     "kernels": kernels,
     "tests": tests,

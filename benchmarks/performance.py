@@ -19,7 +19,6 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from benchmarks.common import ROOT, Parser, Row, markdown_table
 from benchmarks.peers.system import BASELINES
@@ -38,7 +37,7 @@ NOT_MEASURED = "Not measured yet."
 def parser() -> Parser:
     """Build the parser of the command line."""
     options = Parser(__doc__, json=False)
-    options.add_prompts(limit=8, max_tokens=64, required=False)
+    options.add_prompts(limit=8, max_tokens=64, nargs="*")
     options.add_number("--few", 4, "prompts per set for all sections but the first")
     options.add_budgets([8, 16, 32, 64, AUTO], "budgets of tree methods")
     options.add_numbers("--concurrency", [1, 2, 4, 8, 16, 32], "sequences at once")
@@ -132,18 +131,6 @@ def iteration(results: Row) -> str:
     return markdown_table(lines)
 
 
-class Section(NamedTuple):
-    """A section of the page.
-
-    Attributes:
-        command: the module and the options of its benchmark; see `words`.
-        tables: functions that format its tables, from the benchmark's results.
-    """
-
-    command: str
-    tables: Sequence[Callable[[Row], str]]
-
-
 FEW = "--limit {few} --max-tokens {max_tokens}"
 METHODS = f"--backend {{backend}} --dtype {{dtype}} {{files}} {FEW} --budgets"
 BESIDE_LLAMA_CPP = (
@@ -168,8 +155,8 @@ RATIOS = {
     "treeflash to generate": "ratio_to_generate",
     "treeflash to one sequence": "ratio_to_one",
 }
-SECTIONS = {
-    "systems": Section(
+SECTIONS: dict[str, tuple[str, list[Callable[[Row], str]]]] = {
+    "systems": (
         "peers {sets} --backends {backends} --methods generate,ar,treeflash --systems {systems} "
         "--dtype {dtype} {files} {with_gguf} --limit {limit} --max-tokens {max_tokens}",
         [
@@ -181,19 +168,19 @@ SECTIONS = {
             )
         ],
     ),
-    "gguf": Section(BESIDE_LLAMA_CPP % "treeflash", [BESIDE]),
-    "gguf-copies": Section(BESIDE_LLAMA_CPP % "suffix", [BESIDE]),
-    "methods": Section(
+    "gguf": (BESIDE_LLAMA_CPP % "treeflash", [BESIDE]),
+    "gguf-copies": (BESIDE_LLAMA_CPP % "suffix", [BESIDE]),
+    "methods": (
         f"decoding.methods {{sets}} {METHODS} {{budgets}}",
         [
             partial(BY_METHOD, figure="block_efficiency", means={}),
             partial(BY_METHOD, figure="ratio_to_ar", means={"tokens/s": "tokens_per_s"}),
         ],
     ),
-    "budgets-float32": Section(BUDGETS % " --dtype float32 {dequantised}", [as_it_is]),
-    "budgets-bfloat16": Section(BUDGETS % " --dtype bfloat16 {dequantised}", [as_it_is]),
-    "budgets-own": Section(BUDGETS % "", [as_it_is]),
-    "throughput": Section(
+    "budgets-float32": (BUDGETS % " --dtype float32 {dequantised}", [as_it_is]),
+    "budgets-bfloat16": (BUDGETS % " --dtype bfloat16 {dequantised}", [as_it_is]),
+    "budgets-own": (BUDGETS % "", [as_it_is]),
+    "throughput": (
         "peers {sets} --backends {backend} --dtype {dtype} {files} "
         f"{FEW} --methods ar,treeflash,generate,batch_generate --concurrency {{concurrency}}",
         [
@@ -201,17 +188,18 @@ SECTIONS = {
             partial(throughput, figure="first_token_s", title="first token, s", ratios={}),
         ],
     ),
-    "iteration": Section(
+    "iteration": (
         f"decoding.methods {{first}} {METHODS} 16,64 --methods dflash,ddtree,treeflash",
         [iteration],
     ),
-    "memory": Section(
+    "memory": (
         "decoding.memory {first} --backend {backend} --dtype {dtype} {files} --max-tokens "
         "{memory_tokens}",
         [partial(as_it_is, name="sequence"), partial(as_it_is, name="peak")],
     ),
 }
-"""The measured sections, by the name of their block on the page."""
+"""The measured sections, by the name of their block on the page: the module and the options of a
+benchmark, in which `words` replaces names, and functions that format tables of its results."""
 OF_FILES = ("gguf", "gguf-copies")
 """The sections that are measured where `--only` names them, each with a file of its own."""
 
@@ -237,7 +225,7 @@ def measure(name: str, command: Sequence[str], parts: Path) -> Row:
     return {"command": shown, **results}
 
 
-def block(section: Section, results: Row | None) -> str:
+def block(tables: Sequence[Callable[[Row], str]], results: Row | None) -> str:
     """Format the tables of a section, with its command and machine."""
     if results is None:
         return NOT_MEASURED
@@ -246,8 +234,8 @@ def block(section: Section, results: Row | None) -> str:
     device = results.get("device", "cpu")
     processor = f"{computer['cpu']}, {computer['cores']} cores"
     where = f"{computer['date']}, {processor if device == 'cpu' else device}, {versions}:"
-    tables = [table(results) for table in section.tables]
-    return "\n\n".join([*tables, where, f"```sh\n{results['command']}\n```"])
+    shown = [table(results) for table in tables]
+    return "\n\n".join([*shown, where, f"```sh\n{results['command']}\n```"])
 
 
 def render(page: str, results: dict[str, Row]) -> str:
@@ -257,8 +245,8 @@ def render(page: str, results: dict[str, Row]) -> str:
         page: Markdown with a block `<!-- name -->` ... `<!-- end -->` for each section.
         results: by section; a section without results has no tables.
     """
-    for name, section in SECTIONS.items():
-        text = block(section, results.get(name))
+    for name, (_, tables) in SECTIONS.items():
+        text = block(tables, results.get(name))
         start, end = f"<!-- {name} -->\n", "<!-- end -->"
         before, mark, rest = page.partition(start)
         if not mark:
@@ -295,7 +283,7 @@ def main(argv: Sequence[str] | None = None, page: Path = PAGE, parts: Path = UNF
     results = read_results(page)
     found = words(args) if args.prompts else {}
     for name in args.only if args.prompts else ():
-        results[name] = measure(name, shlex.split(SECTIONS[name].command.format(**found)), parts)
+        results[name] = measure(name, shlex.split(SECTIONS[name][0].format(**found)), parts)
         write_results(page, results)
     text = page.read_text(encoding="utf-8")
     page.write_text(render(text, results), encoding="utf-8")

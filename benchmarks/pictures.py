@@ -14,18 +14,20 @@ import io
 import json
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
-from benchmarks.common import ROOT, Parser, describe, write_json
-from treeflash.cli.console import guarded
+import numpy as np
+
+from benchmarks.common import ROOT, Parser, command, describe, write_json
 from treeflash.cli.options import add_model_options, load_model
 from treeflash.config import Method
+from treeflash.decoding.tree import DraftTree
 from treeflash.evaluation.records import MEAN
 from treeflash.language_model import LanguageModel
 
@@ -59,8 +61,7 @@ TREE_BUDGET = 16
 """Nodes of drawn trees."""
 
 
-@dataclass(frozen=True)
-class Theme:
+class Theme(NamedTuple):
     """The colours of a picture, as CSS writes them."""
 
     name: str
@@ -126,10 +127,9 @@ def best_step(steps: Sequence[dict[str, Any]], depths: int = 8) -> dict[str, Any
 
 def depths_of(parents: Sequence[int]) -> list[int]:
     """Return the depth of each node; parents come before children, and the root has -1."""
-    depths: list[int] = []
-    for parent in parents:
-        depths.append(depths[parent] + 1 if parent >= 0 else 0)
-    return depths
+    return DraftTree.from_parents(
+        np.zeros(len(parents), np.int32), np.array(parents)
+    ).depths.tolist()
 
 
 def places(parents: Sequence[int]) -> list[float]:
@@ -315,33 +315,25 @@ def parser() -> Parser:
     options = Parser(__doc__, json=False)
     options.add_argument("run", type=Path, metavar="RUN.json", help="the record of a run")
     options.add_argument("--record", action="store_true", help="record the run first")
-    options.add_argument(
-        "--prompt",
-        action="append",
-        dest="prompts",
-        help="a prompt to record; may be repeated (default: some questions)",
-    )
     options.add_number("--max-tokens", 300, "new tokens of an answer")
-    options.add_argument(
-        "--output", type=Path, default=PICTURES, metavar="FOLDER", help="where pictures go"
-    )
+    options.add_argument("--output", type=Path, default=PICTURES, metavar="FOLDER")
     add_model_options(options)
     return options
 
 
-@guarded
-def main(argv: Sequence[str] | None = None) -> int:
+@command(parser)
+def main(args: Namespace) -> int:
     """Record, and draw."""
-    args = parser().parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     if args.record:
         model = load_model(args)
-        run = record(model, args.prompts or PROMPTS, args.max_tokens)
-        write_json(args.run, "pictures", describe(model.backend) | run)
+        run = record(model, PROMPTS, args.max_tokens)
+        write_json(args.run, args.benchmark, describe(model.backend) | run)
     run, results = json.loads(args.run.read_text()), json.loads(RESULTS.read_text())
+    step = best_step(run["steps"])
     for theme in THEMES:
         drawings = {
-            "tree": draw_tree(best_step(run["steps"]), theme),
+            "tree": draw_tree(step, theme),
             "recording": draw_recording(run["texts"], theme),
             "speed": draw_speeds(results, theme),
         }

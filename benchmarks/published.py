@@ -39,16 +39,18 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from benchmarks.common import Parser, describe, show, write_json
-from treeflash.cli.console import guarded, plain_console
+from benchmarks.common import Parser, command, describe, show, write_json
+from treeflash.cli.console import plain_console
 from treeflash.cli.options import add_model_options, add_parallel_option, load_model
 from treeflash.config import DecodeConfig, Parallel
 from treeflash.decoding.interfaces import Backend
@@ -68,8 +70,7 @@ MAX_TOKENS = 2048
 DTYPE = "bfloat16"
 
 
-@dataclass(frozen=True)
-class PublishedRow:
+class PublishedRow(NamedTuple):
     """A row of the table: the last part of the target's hub id, and the accepted length by set.
 
     Accepted lengths count the bonus token, and are tokens over rounds of the whole set.
@@ -210,14 +211,9 @@ class Lengths:
             pairs = [found[number] for number in sorted(found)]
             values = ratios_of_sums(pairs, resamples(len(found), rng))
             low, high = interval(values)
-            record: Record = {
-                "set": name,
-                "published": columns.get(_plain(name)),
-                "measured": float(values[0]),
-                "low": low,
-                "high": high,
-                "prompts": len(found),
-            }
+            record: Record = {"set": name, "published": columns.get(_plain(name))}
+            record |= {"measured": float(values[0]), "low": low, "high": high}
+            record |= {"prompts": len(found)}
             records.append(record | {"verdict": verdict(record, differences)})
         return records
 
@@ -288,10 +284,9 @@ def report(records: Sequence[Record], differences: Sequence[str]) -> None:
         print("too low: `treeflash doctor` finds the settings that are likely wrong")
 
 
-@guarded
-def main(argv: Sequence[str] | None = None) -> int:
+@command(parser)
+def main(args: Namespace) -> int:
     """Measure, print, write; what was measured is printed and written however the run ends."""
-    args = parser().parse_args(argv)
     check_max_tokens(args.max_tokens)
     rows = {path.stem: read_rows(path)[: args.limit] for path in args.prompts}
     published = published_row(args.drafter, args.target)
@@ -315,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report(records, differences)
             settings = {"max_tokens": args.max_tokens, "seed": args.seed, **model.names}
             found = {"differences": differences, "published": records}
-            write_json(args.json, "published", describe(model.backend) | settings | found)
+            write_json(args.json, args.benchmark, describe(model.backend) | settings | found)
     if not records:
         raise PromptError("every text was too short for a round of drafts")
     return 0

@@ -1,12 +1,18 @@
-"""A target and a TreeFlash drafter of random weights, in published shapes."""
+"""A target and a TreeFlash drafter in published shapes, whose tensors are in no file."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, TypeAlias, cast
+from unittest import mock
 
-from treeflash.drafters.formats import drafter_shapes, parse_drafter_config
+from treeflash.config import LoadConfig
+from treeflash.drafters.formats import DFLASH, HEADS, drafter_shapes, parse_drafter_config
+from treeflash.drafters.loading import DrafterTensors
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 QWEN3 = {
@@ -49,6 +55,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
     | {"rope_parameters": ROPE | {"partial_rotary_factor": 0.25}},
 }
+MakeTensor: TypeAlias = Callable[[str, tuple[int, ...]], Any]
+"""Makes a tensor of a name and a size."""
 DRAFTER_LAYERS, BLOCK_SIZE, TOP_M, TOP_K = 5, 16, 16, 16
 OF_LAYERS = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
@@ -57,36 +65,67 @@ OF_LAYERS = (
 """What a drafter's configuration has of its target's."""
 
 
-def write_target(folder: Path, shape: dict[str, Any], device: Any, dtype: str) -> None:
-    """Write a target of random weights, initialised on `device`."""
+def random_tensor(name: str, size: tuple[int, ...], device: Any, dtype: str) -> Any:
+    """Make a random tensor of a model.
+
+    The head is as at the start of training: with random weights most nodes would have no children.
+    """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(**shape)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    # Each file passes through the memory of the host.
-    model.save_pretrained(folder, max_shard_size="4GB")
+    tensor = torch.empty(size, device=device, dtype=getattr(torch, dtype))
+    if name.endswith("ar_approximation.d.weight"):
+        return tensor.zero_()
+    return tensor.fill_(1) if len(size) == 1 else tensor.normal_(std=0.02)
 
 
-def write_drafter(folder: Path, shape: dict[str, Any], device: Any, dtype: str) -> None:
-    """Write a drafter of random weights for a target of this shape, initialised on `device`."""
+def load_pair(shape: dict[str, Any], settings: LoadConfig, make: MakeTensor) -> Any:
+    """Load a pair in a published shape in PyTorch, whose tensors are made and not read."""
     import torch
-    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+    from treeflash_cuda import backend, drafter_loading, target_loading
+    from treeflash_cuda.decoder.weights import Checkpoint
+    from treeflash_cuda.hf import model_target
 
-    config = drafter_config(shape)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    tensors = {}
-    shapes = drafter_shapes(parse_drafter_config(config), shape["intermediate_size"])
-    for name, size in shapes.items():
-        tensor = torch.empty(size, device=device, dtype=getattr(torch, dtype))
-        tensors[name] = (tensor.fill_(1) if len(size) == 1 else tensor.normal_(std=0.02)).cpu()
-    # The head is as at the start of training: with random weights most nodes would have no
-    # children.
-    tensors["ar_approximation.d.weight"].zero_()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    class Tensors(Checkpoint):
+        """Tensors of any names."""
+
+        foreign = None
+
+        def __init__(self, *_: Any) -> None:
+            self.wholes, self.packed, self.tensors, self.place = {}, {}, {}, "model"
+
+        def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+            return cast(torch.Tensor, make(name, shape))
+
+    def load_model(_: Path, config: Any, dtype: torch.dtype, device: Any, **__: Any) -> Any:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="eager"
+            )
+        return model.eval()
+
+    config, head_size = parse_drafter_config(drafter_config(shape)), shape["intermediate_size"]
+
+    def read(*_: Any) -> DrafterTensors[torch.Tensor]:
+        assert config.head is not None
+        names = HEADS[config.head].shapes(config, shape["vocab_size"], head_size)
+        prefix = HEADS[config.head].prefix
+        parts: dict[str, dict[str, torch.Tensor]] = {"backbone": {}, "head": {}}
+        for name, size in drafter_shapes(config, head_size).items():
+            part = "head" if name in names else "backbone"
+            stored = name.removeprefix(prefix) if name in names else name
+            parts[part][stored] = make(name, size)
+        return DrafterTensors(config=config, head_size=head_size, vocabulary={}, **parts)
+
+    layout = SimpleNamespace(format=DFLASH, config=config, read=read)
+    with (
+        TemporaryDirectory() as folder,
+        mock.patch.object(drafter_loading, "read_layout", return_value=layout),
+        mock.patch.object(model_target, "load_model", load_model),
+        mock.patch.object(target_loading, "Checkpoint", Tensors),
+    ):
+        Path(folder, "config.json").write_text(json.dumps(shape), encoding="utf-8")
+        return backend.load(Path(folder), Path(folder), settings)
 
 
 def drafter_config(shape: dict[str, Any]) -> dict[str, Any]:

@@ -143,35 +143,29 @@ def _send_findings(name: str, find: Find, pipe: Connection) -> None:
         find_here(part, find)
 
 
+@dataclass
 class Report:
     """A report in the making.
 
-    Args:
+    Attributes:
         benchmark: the name of the command.
         path: the file; None writes none.
-        facts: about the device, by name.
+        facts: facts about the device, by name.
         seconds: the time for all parts.
         grace: seconds that a part may still take when this time is over.
-
-    Attributes:
         end: when this time is over. A part that has tables of several sizes looks at it.
     """
 
-    def __init__(
-        self,
-        benchmark: str,
-        path: Path | None,
-        facts: Row,
-        seconds: float,
-        grace: float = 120,
-    ) -> None:
-        self.benchmark = benchmark
-        self.path = path
-        self.facts = facts
-        self.end = time.time() + seconds
-        self.grace = grace
-        self.parts: list[Part] = []
-        self._machine = machine()
+    benchmark: str
+    path: Path | None
+    facts: Row
+    seconds: float
+    grace: float = 120
+    parts: list[Part] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self.end = time.time() + self.seconds
+        self.machine = machine()
         self.write()
 
     @property
@@ -196,8 +190,7 @@ class Report:
             part.seconds = time.time() - started
             self.write()
         for title, rows in part.tables.items():
-            columns = list(dict.fromkeys(column for row in rows for column in row))
-            show(f"{name}: {title}", [{x: row.get(x) for x in columns} for row in rows])
+            show(f"{name}: {title}", rows)
         for line in [*part.notes, *(f"PROBLEM: {line}" for line in part.problems)]:
             print(line, flush=True)
 
@@ -207,7 +200,7 @@ class Report:
             return
         record = {
             "benchmark": self.benchmark,
-            "machine": self._machine,
+            "machine": self.machine,
             "device": self.facts,
             "problems": self.problems,
             "parts": [asdict(part) for part in self.parts],

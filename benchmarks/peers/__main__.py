@@ -27,7 +27,7 @@ they ran, and `tokens_per_processor_s` divides by the time of all threads.
 
 On a CPU MLX always runs in float32: its other types are slow there. llama.cpp runs the weights of a
 GGUF file (`--gguf`) as they are quantised there, whatever `--dtype` says, and so may read fewer
-bytes than the other systems.
+bytes than the other systems. So may treeflash on a CPU, unless `--bits 16` dequantises its weights.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from benchmarks.common import Parser, command, read_prompts, show, write_json
+from benchmarks.common import Parser, command, integer, read_prompts, show, write_json
 from benchmarks.peers.comparison import Comparison
 from benchmarks.peers.system import SYSTEMS, Peer, PeerError, setup_of
 from treeflash.config import AUTO, DTYPES
@@ -86,6 +86,7 @@ def parser() -> Parser:
     options.add_argument(
         "--device", help="device of the PyTorch systems (default: cuda if available)"
     )
+    options.add_argument("--bits", type=integer, help="bits of treeflash's weights on a CPU")
     options.add_numbers(
         "--threads", [os.cpu_count() or 1], "threads per system; several are compared in one run"
     )

@@ -75,7 +75,7 @@ class Comparison:
                 self.skip(peer.system, reason, method)
         for method in peer.description["methods"]:
             if methods is None or method in methods:
-                has_budget = peer.system.name.startswith("treeflash") and method in TREE_METHODS
+                has_budget = peer.system.name == "treeflash" and method in TREE_METHODS
                 sizes = budgets if has_budget else (None,)
                 self.cases += [Case(peer, method, budget) for budget in sizes]
 
@@ -154,11 +154,15 @@ class Comparison:
             else None
             for name, found in pairs.items()
         }
+        is_alone = group[0]["concurrency"] == 1
+        processor_s, forwards = (
+            sum(x[name] for x in group) for name in ("processor_seconds", "forwards")
+        )
         return {
             **{name: group[0][name] for name in COLUMNS},
             "tokens_per_s": self._speed(group),
-            "tokens_per_processor_s": tokens / sum(x["processor_seconds"] for x in group),
-            "block_efficiency": tokens / sum(x["forwards"] for x in group),
+            "tokens_per_processor_s": tokens / processor_s if is_alone else None,
+            "block_efficiency": tokens / forwards if is_alone else None,
             "first_token_s": median(first for x in group for first in x["first"]),
             **ratios,
             "equal": sum(

@@ -21,8 +21,6 @@ from treeflash.text.tokenizer import Tokenizer
 WORKERS = Path(__file__).parent / "workers"
 BASELINES = {"cuda": "transformers", "mlx": "mlx-lm", "gguf": "llama.cpp"}
 """By backend, the system of the same framework whose `generate` is the baseline."""
-SAME_WEIGHTS = "-16-bits"
-"""Suffix of a system with the weights that transformers has, where it would keep fewer bits."""
 NODE_BUILDS = {("Linux", "x86_64"): "linux-x64", ("Linux", "aarch64"): "linux-arm64"}
 """Builds of llama.cpp for CPUs, by system and machine."""
 
@@ -41,27 +39,24 @@ class System:
             has.
         node: the version of llama.cpp's build for Node.js, whose worker is in JavaScript. Empty for
             a worker in Python, which runs in the current environment.
-        bits: the bits of a target's weights on a CPU, as in `treeflash.load`.
         batched: its methods that decode several prompts at once.
     """
 
     name: str
     backend: str
     node: str = ""
-    bits: int | None = None
     batched: Sequence[str] = ()
 
     @property
     def worker(self) -> Path:
         """Its script."""
-        name = self.name.removesuffix(SAME_WEIGHTS).replace("-", "_").replace(".", "_")
+        name = self.name.replace("-", "_").replace(".", "_")
         return WORKERS / f"{name}_worker.{'mjs' if self.node else 'py'}"
 
 
 SYSTEMS = (
     System(name="transformers", backend="cuda", batched=["generate"]),
     System(name="treeflash", backend="cuda", batched=METHODS),
-    System(name=f"treeflash{SAME_WEIGHTS}", backend="cuda", bits=16),
     System(name="mlx-lm", backend="mlx", batched=["batch_generate"]),
     System(name="treeflash", backend="mlx", batched=METHODS),
     System(name="llama.cpp", backend="gguf", node="3.22.1"),
@@ -79,6 +74,7 @@ def setup_of(args: Namespace, target: Path, tokenizer: Tokenizer) -> dict[str, A
         "gguf": None,
         "dtype": args.dtype or AUTO,
         "device": args.device,
+        "bits": args.bits,
         "stop_token_ids": sorted(tokenizer.stop_token_ids),
     }
 
@@ -146,7 +142,7 @@ class Peer:
             PeerError: the system cannot run here.
         """
         self.system, self.threads = system, threads
-        setup = {**setup, "backend": system.backend, "bits": system.bits, "threads": threads}
+        setup = {**setup, "backend": system.backend, "threads": threads}
         if system.backend == "mlx" and (sys.platform == "linux" or setup["device"] == "cpu"):
             setup["dtype"] = "float32"  # MLX is slow in its other types there
         if system.node and not setup["gguf"]:

@@ -13,26 +13,26 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
 
 import treeflash
-from benchmarks.common import Parser
-from treeflash.cli.console import guarded
+from benchmarks.common import Parser, command
 from treeflash.errors import ConfigError
-from treeflash.text.options import Options
 
 QUESTIONS = (
     "Why is the sky blue?",
@@ -52,8 +52,7 @@ LOADED: dict[str, Any] = {"backend": "cuda", "device": "cpu", "dtype": "bfloat16
 INVALID = (b"", b"{", b"[1, 2]", b'{"messages": 5}', b'{"messages": [], "audio": 1}', b"\xff" * 100)
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """A question with decoding options."""
 
     question: str
@@ -62,18 +61,19 @@ class Job:
     seed: int = 0
 
     @property
-    def options(self) -> Options:
+    def options(self) -> dict[str, Any]:
         """The decoding options, by the names of the Python API and the server."""
-        return {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "seed": self.seed,
-        }
+        return {name: x for name, x in self._asdict().items() if name != "question"}
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation."""
+        return [{"role": "user", "content": self.question}]
 
     @property
     def body(self) -> dict[str, object]:
         """The body of a request."""
-        return {"messages": [{"role": "user", "content": self.question}], **self.options}
+        return {"messages": self.messages, **self.options}
 
 
 def jobs(count: int) -> list[Job]:
@@ -85,15 +85,8 @@ def jobs(count: int) -> list[Job]:
     ]
 
 
-@dataclass(frozen=True)
-class Server:
-    """A running server.
-
-    Attributes:
-        url: its root.
-        process: its process.
-        log: the file with its standard error.
-    """
+class Server(NamedTuple):
+    """A running server: its root's URL, its process, and the file with its standard error."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -108,29 +101,16 @@ def server(*options: str) -> Iterator[Server]:
         command = [sys.executable, "-m", "treeflash", "serve", "--port", "0", *options]
         with log.open("wb") as file, subprocess.Popen(command, stderr=file) as process:
             try:
-                yield Server(_address(log, process), process, log)
+                while not (found := re.search(r" on (http://\S+)\s", log.read_text())):
+                    if process.poll() is not None:
+                        raise RuntimeError(f"the server did not start:\n{log.read_text()}")
+                    time.sleep(0.1)
+                yield Server(found[1], process, log)
                 process.send_signal(signal.SIGTERM)
                 if process.wait(60):
                     raise RuntimeError(f"the server failed:\n{log.read_text()}")
             finally:
                 process.kill()
-
-
-def _address(log: Path, process: subprocess.Popen[bytes]) -> str:
-    """Wait until the server is ready; returns its URL."""
-    while True:
-        time.sleep(0.1)
-        if process.poll() is not None:
-            raise RuntimeError(f"the server did not start:\n{log.read_text()}")
-        _, _, rest = log.read_text().partition(" on http://")
-        if not rest:
-            continue
-        url = f"http://{rest.split()[0]}"
-        try:
-            httpx.get(f"{url}/health", timeout=5).raise_for_status()
-        except httpx.HTTPError:
-            continue
-        return url
 
 
 def resident_bytes(process: subprocess.Popen[bytes]) -> int:
@@ -231,7 +211,8 @@ async def load(server: Server, clients: int, seconds: float, pool: Sequence[Job]
     """Run the clients for some seconds; an error of any client is raised."""
     observed = Observations()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as http:
+    transport = httpx.AsyncHTTPTransport(limits=limits, retries=5)  # it may not listen yet
+    async with httpx.AsyncClient(base_url=server.url, timeout=600, transport=transport) as http:
         tasks = [asyncio.create_task(client(http, pool, i, observed)) for i in range(clients)]
         end = time.monotonic() + seconds
         while time.monotonic() < end and not any(task.done() for task in tasks):
@@ -253,9 +234,7 @@ def different_answers(answers: Sequence[tuple[Job, str, int]]) -> list[str]:
     """Return the answers that are not the text of plain decoding, which has the same tokens."""
     model, different = treeflash.load(exact=True, **LOADED), list[str]()
     for (job, text, tokens), times in Counter(answers).items():
-        messages = [{"role": "user", "content": job.question}]
-        options: Options = {**job.options, "method": "ar"}
-        plain = model.generate(messages, **options)
+        plain = model.generate(job.messages, method="ar", **job.options)
         if (plain.text, len(plain.token_ids)) != (text, tokens):
             different += [f"{job}: {text!r}"] * times
     return different
@@ -270,12 +249,11 @@ def parser() -> Parser:
     return options
 
 
-@guarded
-def main(argv: Sequence[str] | None = None) -> int:
+@command(parser)
+def main(args: Namespace) -> int:
     """Run the load, print the report, and return 1 if anything is wrong."""
-    args = parser().parse_args(argv)
     pool = jobs(args.jobs)
-    pool += [replace(job, question=f"{LONG} {job.question}") for job in pool[::4]]
+    pool += [job._replace(question=f"{LONG} {job.question}") for job in pool[::4]]
     options = [x for name, value in LOADED.items() for x in (f"--{name}", value)]
     with server("--exact", *options) as running:
         observed = asyncio.run(load(running, args.clients, args.seconds, pool))

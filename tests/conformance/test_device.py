@@ -146,8 +146,8 @@ def test_every_metal_kernel_is_right(module):
     need_metal()
     from treeflash_mlx.backend import examine_device
 
-    kernels = examine_device(LoadConfig()).kernels
-    assert list(module("mlx_parts").kernel_problems(kernels)) == []
+    report = examine_device(LoadConfig())
+    assert list(module("device_parts").kernel_problems(report)) == []
 
 
 @pytest.fixture

@@ -37,6 +37,8 @@ def sets(tmp_path):
 def test_a_benchmark_runs(name, module, sets, pair_options, tmp_path):
     file = tmp_path / "out.json"
     files = sets[:1] if name == "decoding.memory" else sets
+    if name == "peers.__main__":
+        pair_options = [x.replace("--backend", "--backends") for x in pair_options]
     assert module(name).main([*files, *pair_options, *SCRIPTS[name], "--json", str(file)]) == 0
     results = json.loads(file.read_text())
     assert {"date", "revision", "cpu", "versions"} <= results["machine"].keys()
@@ -67,12 +69,9 @@ def test_a_call_that_leaves_work_waits_for_that_of_an_equal_call(module):
     ],
 )
 def test_bad_input_is_one_line(name, options, message, module, sets, pair_options, capsys):
-    code = 0
-    try:
-        code = module(name).main([sets[0], *pair_options, *options])
-    except SystemExit as exit:
-        code = exit.code
-    assert code == 2
+    if name == "peers.__main__":
+        pair_options = [x.replace("--backend", "--backends") for x in pair_options]
+    assert module(name).main([sets[0], *pair_options, *options]) == 2
     shown = capsys.readouterr().err
     assert message in shown
     assert shown.count("\n") == 1

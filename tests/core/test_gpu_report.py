@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from treeflash.decoding.interfaces import DeviceReport
 from treeflash.errors import ConfigError
 
 LOST = "CUDA error: an illegal memory access was encountered"
@@ -108,30 +109,20 @@ def test_rows_of_a_table_may_have_other_columns(report, capsys):
     assert "| a | b |" in capsys.readouterr().out
 
 
-def test_a_kernel_that_fell_back_is_a_line(judge):
-    verdicts = {"rms_norm": "used (Triton)", "gated": "ptxas is missing"}
-    (line,) = judge.kernel_problems(verdicts, "bfloat16")
-    assert line == "gated runs in PyTorch with bfloat16: ptxas is missing"
-
-
-def test_a_failed_capture_and_an_unused_graph_are_lines(judge):
-    tried = [
-        SimpleNamespace(name="the target", reason=""),
-        SimpleNamespace(name="the drafter", reason="operation not permitted"),
-    ]
-    replays = {"the target": 3}
-    assert list(judge.graph_problems(tried, replays, ["the target", "the drafter"])) == [
-        "the drafter could not be captured: operation not permitted",
-        "the drafter never ran from a CUDA graph",
+def test_a_kernel_that_fell_back_and_a_failed_capture_are_lines(module):
+    kernels = {"rms_norm": {"bfloat16": "used (Triton)"}, "gated": {"bfloat16": "no ptxas"}}
+    kernels["CUDA graphs"] = {"the target": "used (3 graphs)", "the drafter": "not permitted"}
+    assert list(module("device_parts").kernel_problems(DeviceReport(kernels=kernels))) == [
+        "gated, bfloat16: no ptxas",
+        "CUDA graphs, the drafter: not permitted",
     ]
 
 
-def test_the_largest_shape_that_fits_the_gpu_and_the_disk_is_measured(judge):
+def test_the_largest_shape_that_fits_the_gpu_is_measured(judge):
     gib = 1 << 30
-    assert judge.choose_shape(79 * gib, 64 * gib) == "qwen3-8b"
-    assert judge.choose_shape(79 * gib, 16 * gib) == "qwen3-4b"
-    assert judge.choose_shape(23 * gib, 64 * gib) == "qwen3-4b"
-    assert judge.choose_shape(0, 64 * gib) == "tiny"
+    assert judge.choose_shape(79 * gib) == "qwen3-8b"
+    assert judge.choose_shape(23 * gib) == "qwen3-4b"
+    assert judge.choose_shape(0) == "tiny"
 
 
 def test_a_profile_counts_the_kernels_of_an_iteration_once(judge):

@@ -144,3 +144,30 @@ def test_systems_of_any_framework_are_compared_with_llama_cpp():
     assert [(x["threads"], x["ratio_to_llama_cpp"]) for x in rows] == [(2, 4), (1, 1)]
     assert all(x["ratio_to_generate"] is None for x in rows)
     assert all(x["tokens_per_processor_s"] == 3 for x in rows)
+
+
+def test_groups_count_all_their_tokens_and_time_and_are_compared_with_single_prompts():
+    case = {"budget": None, "dtype": "x", "threads": 2, "system": "treeflash", "backend": "cuda"}
+    case |= {"forwards": 9, "processor_seconds": 2.0, "set": "a"}
+    comparison = Comparison(whole=True)
+    for method, speed in (("ar", 1), ("treeflash", 3)):
+        for group, texts in (
+            (0, [[1, 2]]),
+            (1, [[3, 4]]),
+            (0, [[1, 2], [3, 9 - 5 * (speed == 1)]]),
+        ):
+            record = case | {"method": method, "group": group, "concurrency": len(texts)}
+            seconds = (1 + len(texts)) / speed
+            record |= {"token_ids": texts, "first": [0.1] * len(texts), "seconds": seconds}
+            comparison.records.append(record)
+    rows = {(x["method"], x["concurrency"]): x for x in comparison.rows() if x["set"] == "a"}
+    speeds = {
+        key: (x["tokens_per_s"], x["ratio_to_ar"], x["ratio_to_one"]) for key, x in rows.items()
+    }
+    assert speeds == {
+        **{("ar", 1): (1, 1, 1), ("ar", 2): (4 / 3, 1, 4 / 3)},
+        **{("treeflash", 1): (3, 3, 1), ("treeflash", 2): (4, 3, 4 / 3)},
+    }
+    # Without another package, texts are compared with plain decoding.
+    assert [x["equal"] for x in rows.values()] == [2, 2, 2, 1]
+    assert [x["block_efficiency"] is None for x in rows.values()] == [False, True, False, True]

@@ -33,11 +33,11 @@ def pair(tmp_path):
 
 
 @pytest.fixture
-def mac(module, pair, tmp_path):
+def mac(module, pair):
     options = ["--sizes", "1,3", "--contexts", "2,5,100000000", "--repeats", "1"]
     args = module("device_report").parser().parse_args([*pair, *options])
     args.backend = "mlx"
-    return module("mlx_parts").Mac(args, tmp_path, end=time.time() + 600)
+    return module("mlx_parts").Mac(args, end=time.time() + 600)
 
 
 # Seconds, for parts that change seldom; the next tests look at what parts say.
@@ -45,7 +45,7 @@ def mac(module, pair, tmp_path):
 def test_the_target_is_measured(module, mac, monkeypatch):
     parts, part = module("mlx_parts"), module("report").Part("measurements")
     monkeypatch.setattr(parts, "PROMPT_LENGTHS", (40, 100_000_000))
-    for name in ("speed", "peer", "prompts", "passes", "host"):
+    for name in ("speed", "peer", "prompts", "passes", "host", "plain"):
         parts.PARTS[name](mac, part)
     assert [(row["context"], row["nodes"]) for row in part.tables["passes"]] == [
         *((2, 1), (2, 3), (5, 1), (5, 3)),  # more positions than the target has are left out
@@ -58,7 +58,7 @@ def test_the_target_is_measured(module, mac, monkeypatch):
     assert part.tables["costs"][0]["nodes"] == 1
     assert [row["texts"] for row in part.tables["together"]] == [4, 4]
     assert part.tables["together"][0]["equal_up_to"] == 4  # tokens, in float32
-    assert [row["token_ms"] > 0 for row in parts.plain(mac)] == [True, True]
+    assert [row["token_ms"] > 0 for row in part.tables["plain"]] == [True, True]
     assert [(row["system"], row["method"]) for row in part.tables["methods"]] == [
         *(("treeflash", method) for method in METHODS),
         ("mlx-lm", "generate"),
@@ -94,13 +94,6 @@ def test_a_report_goes_on_after_a_part_that_fails(
         raise RuntimeError("the GPU is busy")
 
     stand_in(monkeypatch, shared, method_rows=method_rows, SUITE=tmp_path / "none")
-    environments = []
-
-    def in_process(function, *arguments, environment):
-        environments.append(environment)
-        return function(*arguments)
-
-    stand_in(monkeypatch, parts, in_process=in_process)
     options = ["--sizes", "1,3", "--contexts", "2", "--repeats", "1", "--json", str(file)]
     assert module("device_report").main([*pair, "--backend", "mlx", *options]) == 1
     report = json.loads(file.read_text())
@@ -108,8 +101,7 @@ def test_a_report_goes_on_after_a_part_that_fails(
     assert {line.partition(":")[0] for line in report["problems"]} <= {"speed", "exact"}
     found = {part["name"]: part["tables"] for part in report["parts"]}
     assert list(found) == list(parts.PARTS)
-    assert environments == list(parts.BUFFERS.values())
-    assert len(found["buffers"]["plain"]) == 4
+    assert len(found["plain"]["plain"]) == len(found["larger buffers"]["plain"]) == 2
     assert [row["nodes"] for row in found["passes"]["passes"]] == [1, 3]
     assert [found[name]["methods"][0]["system"] for name in ("peer", "peer again")] == [
         "mlx-lm"
@@ -117,12 +109,13 @@ def test_a_report_goes_on_after_a_part_that_fails(
     assert f"send {file}" in capsys.readouterr().out
 
 
-def test_a_separate_process_has_additional_variables(module, monkeypatch):
+def test_a_part_has_larger_buffers_for_its_process_alone(module, monkeypatch):
+    parts, seen = module("mlx_parts"), []
     monkeypatch.delenv("MLX_MAX_OPS_PER_BUFFER", raising=False)
-    found = module("mlx_parts").in_process(
-        os.getenv, "MLX_MAX_OPS_PER_BUFFER", environment={"MLX_MAX_OPS_PER_BUFFER": "9"}
-    )
-    assert (found, os.getenv("MLX_MAX_OPS_PER_BUFFER")) == ("9", None)
+    stand_in(monkeypatch, parts, plain=lambda *_: seen.append(dict(os.environ)))
+    parts.larger_buffers(None, None)
+    assert seen[0].items() >= parts.LARGER.items()
+    assert "MLX_MAX_OPS_PER_BUFFER" not in os.environ
 
 
 def test_a_kernel_that_is_wrong_is_a_problem_and_one_that_loses_is_not(module):
@@ -131,13 +124,13 @@ def test_a_kernel_that_is_wrong_is_a_problem_and_one_that_loses_is_not(module):
         "7 rows": "not used, 0.90 times as fast as MLX's operation",
         "9 rows": "not used, its relative error is 1.0e+00",
     }
-    found = list(module("mlx_parts").kernel_problems({"products": verdicts}))
-    assert found == ["products, 9 rows: not used, its relative error is 1.0e+00"]
+    found = module("device_parts").kernel_problems(DeviceReport(kernels={"products": verdicts}))
+    assert list(found) == ["products, 9 rows: not used, its relative error is 1.0e+00"]
 
 
 def test_the_verdicts_of_a_model_are_in_the_report(module):
     """With the whole message of a compiler; one geometry that fails is a problem, too."""
-    parts, part = module("mlx_parts"), module("report").Part("speed")
+    parts, part = module("device_parts"), module("report").Part("speed")
     verdicts = {
         "5 rows": "used, 1.30 times as fast as MLX's operation with a; not with b, no such type",
         "7 rows": "not used, program_source:57:9: error: no matching function",
@@ -182,7 +175,7 @@ def test_the_text_that_warms_up_is_in_no_figure(module):
     (row,) = module("device_parts").method_rows(model, ["treeflash"], [[3], [4]], 8)
     assert calls == [[3], [3], [4]]
     assert row["block_efficiency"] == 4
-    assert row["tokens_per_s"] == 2
+    assert (row["tokens_per_s"], row["ratio_to_ar"]) == (2, 1)
     assert all(row[f"{phase}_ms"] == 500 for phase in PHASES[1:])
 
 

@@ -7,30 +7,32 @@ from typing import Any
 from serve import Answers, describe, serve
 
 import treeflash
-from treeflash.config import AUTO, METHODS
-from treeflash.decoding import Request, SchedulerConfig
+from treeflash.config import AUTO, METHODS, DecodeConfig
+from treeflash.decoding import Request, SchedulerConfig, check
+from treeflash.errors import TreeflashError
 
 PACKAGES = {"cuda": ("torch", "transformers"), "mlx": ("mlx", "mlx-lm")}
 
 
 def load(setup: dict[str, Any]) -> tuple[dict, Any]:
     """Load the pair."""
-    name, device = setup["backend"], setup["device"]
-    if name == "cuda" and device is None:
+    name, settings = setup["backend"], {"bits": setup["bits"]}
+    target = setup["name"] if name == "cuda" else setup["target"]
+    if name == "cuda":
         import torch
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = setup["name"] if name == "cuda" else setup["target"]
-    settings = {"backend": name, "device": device if name == "cuda" else None}
+        usual = "cuda" if torch.cuda.is_available() else "cpu"
+        settings["device"] = setup["device"] or usual
     if setup["dtype"] != AUTO:
         settings["dtype"] = setup["dtype"]
-    if setup["bits"] is not None:
-        settings["bits"] = setup["bits"]
-    model = treeflash.load(target, setup["drafter"] or False, **settings)
-    backend = model.backend
-    methods = [m for m in METHODS if backend.head is not None or not m.startswith("treeflash")]
-    if backend.drafter is None:
-        methods = ["ar", "suffix"]
+    model = treeflash.load(target, setup["drafter"] or False, backend=name, **settings)
+    backend, skipped = model.backend, {}
+    for method in METHODS:
+        try:
+            check(backend, Request(prompt_ids=(0,), config=DecodeConfig(method=method)))
+        except TreeflashError as error:
+            skipped[method] = str(error)
+    methods = [method for method in METHODS if method not in skipped]
 
     def decode(prompts: list[list[int]], method: Any, budget: Any, max_tokens: int) -> dict:
         options = {} if budget is None else {"budget": budget}
@@ -44,7 +46,6 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
         return answers.reply(forwards)
 
     device = "cpu" if backend.device == "cpu" else backend.device_name
-    skipped = {x: "the pair cannot draft for it" for x in METHODS if x not in methods}
     packages = ("treeflash", *PACKAGES.get(name, ()))
     return describe(methods, device, backend.dtype, packages, skipped), decode
 
