@@ -159,6 +159,31 @@ def test_an_answer_that_cannot_be_added_fails_alone(serve):
     assert server.complete("A", max_tokens=3).status_code == 200
 
 
+def test_a_failure_while_a_client_leaves_ends_all_texts_and_not_the_server(serve, caplog):
+    server, path = serve(), "/v1/completions"
+    scheduler, options = server.engine.scheduler, {"max_tokens": 400, "ignore_eos": True}
+    caplog.set_level("INFO", "treeflash.serving")
+    with failing(scheduler, "cancel", KeyError("a fault"), call=1), ThreadPoolExecutor() as pool:
+        with Gate(server.engine) as gate:
+            other = pool.submit(server.complete, "B", **options)
+            body = {"prompt": "A", "stream": True, **options}
+            with server.client.stream("POST", path, json=body):
+                wait_until(lambda: server.engine.unfinished == 2)
+                gate.allow(1)
+            wait_until(lambda: "unfinished" in caplog.text)
+        check_error(other.result(), 500, "its log has the reason")
+    wait_until(lambda: server.engine.unfinished == 0)
+    assert not scheduler.busy
+    assert server.complete("A", max_tokens=3).status_code == 200
+
+
+def test_a_failure_of_an_idle_server_does_not_end_it(serve, caplog):
+    server = serve()
+    server.engine.thread.call(lambda: {}["a fault"])
+    assert server.complete("A", max_tokens=3).status_code == 200
+    assert "KeyError: 'a fault'" in caplog.text
+
+
 @pytest.fixture
 def running():
     """A function that waits for the first server of `application.serve`, and its socket."""

@@ -149,6 +149,19 @@ def test_an_answer_that_stopped_is_kept_for_the_next_prompt(serve, model, method
     assert usage["prompt_tokens_details"]["cached_tokens"] == kept
 
 
+def test_an_answer_whose_client_leaves_is_kept_for_the_next_prompt(serve, model, caplog):
+    server, options = serve(), {**FOREVER, "method": "ar"}
+    with caplog.at_level("INFO", "treeflash.serving"), Gate(server.engine) as gate:
+        body = {"prompt": "A story.", "stream": True, **options}
+        with server.client.stream("POST", TEXT, json=body):
+            gate.allow(6)
+        wait_until(lambda: "unfinished" in caplog.text)
+    begun = model.generate("A story.", raw=True, temperature=0, max_tokens=6)
+    prompt = [*model.tokenizer.encode("A story."), *begun.token_ids]
+    usage = server.complete(prompt, **options).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == len(prompt) - 1
+
+
 def test_an_answer_that_ends_leaves_the_queue_before_its_request(serve):
     server = serve(max_parallel=1)
     with ThreadPoolExecutor() as clients, Gate(server.engine) as gate:

@@ -269,8 +269,10 @@ class ChatSession:
                         chunk = assembler.add(step)
                         view.add(chunk.text, style)
                         shown += len(chunk.text)
-            finally:
-                scheduler.cancel(request, keep=assembler.finish_reason is not None)
+            except BaseException:
+                scheduler.cancel(request)
+                raise
+            scheduler.cancel(request, keep=True)  # also if interrupted: the next prompt has it
             view.add(assembler.generation().text[shown:])
 
     @cached_property

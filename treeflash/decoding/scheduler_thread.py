@@ -68,8 +68,8 @@ class SchedulerThread(threading.Thread):
     Args:
         make: makes the scheduler, in the thread.
         receive: takes the events of each iteration, in the thread.
-        fail: takes the error of an iteration, or of `receive`, that ended all sequences, in the
-            thread.
+        fail: takes the error of a command, of an iteration, or of `receive`, in the thread. The
+            error ended all sequences.
         stays: whether the thread waits for commands while it has no sequence, until `stop`.
         turn: entered for each iteration, where several threads compute.
 
@@ -119,11 +119,13 @@ class SchedulerThread(threading.Thread):
             return
         self.made.set_result(scheduler)
         while not self._is_over(scheduler):
-            self._run_commands(scheduler)
-            if scheduler.busy:
-                self._iterate(scheduler)
-            else:
-                scheduler.store_states()
+            try:
+                self._advance(scheduler)
+            except Exception as error:
+                try:
+                    scheduler.close()
+                finally:
+                    self._fail(error)
         scheduler.close()
         if scheduler.prefix_cache is not None:
             scheduler.prefix_cache.close()
@@ -134,6 +136,16 @@ class SchedulerThread(threading.Thread):
             self._ended = self.stopping or idle
             return self._ended
 
+    def _advance(self, scheduler: Scheduler) -> None:
+        """Run the commands that wait, then an iteration; without sequences, store states."""
+        self._run_commands(scheduler)
+        if not scheduler.busy:
+            scheduler.store_states()
+            return
+        with self._turn:
+            events = scheduler.step()
+        self._receive(events)
+
     def _run_commands(self, scheduler: Scheduler) -> None:
         """Run the commands of other threads; a thread that stays waits for one if it is idle."""
         with suppress(queue.Empty):
@@ -141,12 +153,3 @@ class SchedulerThread(threading.Thread):
                 idle = not scheduler.busy and not self.stopping
                 timeout = BETWEEN_COPIES_S if scheduler.stores_states else None
                 self._commands.get(block=self._stays and idle, timeout=timeout)()
-
-    def _iterate(self, scheduler: Scheduler) -> None:
-        try:
-            with self._turn:
-                events = scheduler.step()
-            self._receive(events)
-        except Exception as error:
-            self._fail(error)
-            scheduler.close()

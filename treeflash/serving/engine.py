@@ -345,8 +345,8 @@ class Engine:
             self._backlog[completion] = new
 
     def _withdraw(self, completion: Completion) -> None:
-        """Cancel the unfinished answers of a completion."""
-        self.thread.call(partial(self._drop, completion))
+        """Cancel the unfinished answers of a completion; a later prompt may continue them."""
+        self.thread.call(partial(self._drop, completion, keep=True))
 
     # The methods below run in the engine's thread.
 
@@ -400,7 +400,7 @@ class Engine:
             self._fail(completion, error)
 
     def _fail_all(self, error: Exception) -> None:
-        logger.error("an iteration failed; its requests are dropped", exc_info=error)
+        logger.error("decoding failed; all requests are dropped", exc_info=error)
         if is_device_lost(error):
             self.device_lost = self.draining = self.thread.stopping = True
         for completion in {answer.completion for answer in self.running_answers.values()}:
@@ -421,8 +421,7 @@ class Engine:
             updates.setdefault(answer.completion, []).append(update)
             if update.chunk.finish_reason is not None:
                 if update.chunk.step.finish_reason is None:  # a stop string ended it
-                    with self._turns:  # its state is copied
-                        self.scheduler.cancel(request, keep=True)
+                    self._cancel(request, keep=True)
                 self._finish(request)
         for request, progress in self.scheduler.prompts.items():
             if (answer := self.running_answers.get(request)) is not None:
@@ -466,11 +465,15 @@ class Engine:
             if not self._backlog[completion]:
                 del self._backlog[completion]
 
-    def _drop(self, completion: Completion) -> None:
-        """Cancel and forget all answers of a completion."""
+    def _cancel(self, request: Request, *, keep: bool) -> None:
+        with self._turns:  # a state that is kept is copied
+            self.scheduler.cancel(request, keep=keep)
+
+    def _drop(self, completion: Completion, *, keep: bool = False) -> None:
+        """Cancel and forget all answers of a completion; see `Scheduler.cancel` for `keep`."""
         for request, answer in list(self.running_answers.items()):
             if answer.completion is completion:
-                self.scheduler.cancel(request)
+                self._cancel(request, keep=keep)
                 del self.running_answers[request]
         with self._lock:
             self._backlog.pop(completion, None)

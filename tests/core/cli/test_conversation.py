@@ -18,6 +18,7 @@ from rich.console import Console
 import treeflash
 from treeflash.commands import chat
 from treeflash.commands.chat import COMMANDS, STYLES, ChatSession, make_session
+from treeflash.decoding import Scheduler
 from treeflash.decoding.interfaces import DeviceReport
 
 TEXT = "Es war einmal ein Bär, der schlief den ganzen Winter lang."
@@ -385,6 +386,21 @@ def test_an_answer_that_a_stop_string_ends_is_not_prefilled_again(talk, tiny_pai
     stop = talked.messages[1]["content"][1]
     talked, _ = talk("hi", ENTER, "more", ENTER, model=model, **options, stop=stop)
     assert len(talked.messages[1]["content"]) == 1
+    assert talked.answer.chunks[0].step.cached_tokens > 10
+
+
+def test_an_interrupted_answer_is_not_prefilled_again(talk, tiny_pair, monkeypatch):
+    model = treeflash.load(*tiny_pair, backend="reference")
+    step, presses = Scheduler.step, iter([signal.SIGINT])
+
+    def interrupt(scheduler):
+        for press in presses:  # the first call's alone
+            signal.raise_signal(press)
+        return step(scheduler)
+
+    monkeypatch.setattr(Scheduler, "step", interrupt)
+    talked, shown = talk("hi", ENTER, "more", ENTER, model=model, max_tokens=5, temperature=0)
+    assert "interrupted]" in shown
     assert talked.answer.chunks[0].step.cached_tokens > 10
 
 
