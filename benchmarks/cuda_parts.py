@@ -13,11 +13,18 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
-import numpy as np
-
 from benchmarks import device_parts
 from benchmarks.common import Row, alternate_ms, package_versions, random_prompt
-from benchmarks.device_parts import Device, Find, exact, peer, run_command, tests, verify_rows
+from benchmarks.device_parts import (
+    Device,
+    Find,
+    exact,
+    peer,
+    random_tree,
+    run_command,
+    tests,
+    verify_rows,
+)
 from benchmarks.random_pair import SHAPES, load_pair, random_tensor
 from benchmarks.report import Part
 from treeflash.config import DecodeConfig, LoadConfig, Method, SamplingConfig
@@ -25,7 +32,6 @@ from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.session import SequenceSession
-from treeflash.testing.comparisons import random_tree
 
 OPTIONAL_PACKAGES = (
     *("triton", "accelerate", "flash-linear-attention", "causal-conv1d", "kernels"),
@@ -182,7 +188,7 @@ def wide_rows(backend: Any, repeats: int) -> list[Row]:
     from treeflash_cuda.gpu import graphs, row_pass
 
     rows = WIDE_TREES * WIDE_NODES
-    tree = random_tree(np.random.default_rng(1), 0, WIDE_NODES, backend.vocab_size)
+    tree = random_tree(backend, WIDE_NODES)
     params = SamplingParams.from_positions(SamplingConfig(), tree.positions(WIDE_CONTEXT + 1))
     with ExitStack() as stack:
         sessions = [

@@ -36,10 +36,10 @@ from treeflash.cli.options import load_model, locate_model
 from treeflash.config import AUTO, Method
 from treeflash.decoding.interfaces import Backend, DeviceReport, device_report
 from treeflash.decoding.session import SequenceSession
+from treeflash.decoding.tree import DraftTree
 from treeflash.errors import ConfigError, UnsupportedModelError
 from treeflash.hub.models import resolve_target
 from treeflash.language_model import LanguageModel, LocatedPair
-from treeflash.testing.comparisons import random_tree
 from treeflash.text.prompt import encode
 from treeflash.text.tokenizer import Tokenizer
 
@@ -239,12 +239,19 @@ def method_rows(
         }
 
 
+def random_tree(backend: Backend, nodes: int) -> DraftTree:
+    """Build a deep and branching tree."""
+    from treeflash.testing.comparisons import random_tree  # in `tests`, pytest must import it first
+
+    return random_tree(np.random.default_rng(nodes), 0, nodes, backend.vocab_size)
+
+
 def verify_rows(
     backend: Backend, contexts: Sequence[int], sizes: Sequence[int], repeats: int
 ) -> list[Row]:
     """Measure the target's forward pass over a random tree, by context and nodes."""
     rows = []
-    trees = [random_tree(np.random.default_rng(1), 0, n, backend.vocab_size) for n in sizes]
+    trees = [random_tree(backend, size) for size in sizes]
     for context in contexts:
         with SequenceSession(backend, capacity=context + max(sizes)) as session:
             if context:

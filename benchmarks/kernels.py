@@ -14,28 +14,19 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from typing import Any, cast
+from unittest import mock
 
 import torch
 import triton
 from rich.progress import track
-from treeflash_cuda.cache import quantise
-from treeflash_cuda.gpu.triton_kernels import (
-    attention,
-    convolution,
-    experts,
-    layers,
-    moves,
-    noise,
-    products,
-    recurrence,
-    sampling,
-)
+from treeflash_cuda.gpu import kernel_loading
+from treeflash_cuda.gpu.triton_kernels import noise, products, recurrence, sampling
+from treeflash_cuda.operations import Shapes
 from treeflash_cuda.quantised_weights import BITS, GROUP, QuantisedWeight
-from treeflash_cuda.recurrence import PATH_COLUMNS, TreeNodes
-from treeflash_cuda.visible_keys import SharedWork, VisibleKeys
+from treeflash_cuda.recurrence import TreeNodes
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -49,18 +40,25 @@ SHARED_MEMORY = {
 """Bytes that a program may have, by compute capability (NVIDIA's CUDA programming guide)."""
 FIRST_BFLOAT16 = 80
 """The compute capability from which on GPUs have bfloat16; others run such models in float16."""
-SHAPES = {
+SIZES = "heads", "kv_heads", "head_dim", "hidden_size"
+SHAPES: dict[str, tuple[Any, ...]] = {
     "qwen3-8b": (32, 8, 128, 4096, torch.bfloat16),
     "llama-3.2-1b": (32, 8, 64, 2048, torch.float16),
     "gemma-2-9b": (16, 8, 256, 3584, torch.bfloat16),
     "qwen3-8b in float32": (32, 8, 128, 4096, torch.float32),
 }
-"""Heads, key heads, width of a head, hidden size, dtype."""
-RECURRENT = {"qwen3-next": (32, 16, 128, 128, True), "granite-4.0-h": (48, 1, 128, 64, False)}
-"""Heads, key heads, key_dim, value_dim of recurrent layers, and whether they have the delta rule.
-They are measured beside every model."""
-CONVOLUTIONS = (8192, 4, "silu"), (2048, 3, None)
-"""Channels, kernel and activation of the convolutions of Qwen3-Next and LFM2, likewise."""
+"""The `SIZES` of models, and their dtypes."""
+RECURRENT = (32, 128, 128, False), (48, 128, 64, True)
+"""Recurrent layers of Qwen3-Next and Granite 4, as in `Shapes`; measured beside every model."""
+CONVOLUTIONS = (8192, 4), (2048, 3)
+"""Convolutions of Qwen3-Next and LFM2, likewise."""
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"recurrent": RECURRENT, "convolutions": CONVOLUTIONS, "experts": True, "draft_bits": BITS},
+    {"quantised": True},
+    {"softcap": 50.0, "sinks": True},
+)
+NODES = 64
+"""Rows of a large pass."""
 
 
 class CompileOnly:
@@ -95,101 +93,53 @@ class CompileOnly:
         return lambda *_: None
 
 
-def launch_all(heads: int, kv_heads: int, head_dim: int, hidden: int, dtype: torch.dtype) -> None:
-    """Launch every kernel for a model."""
+def launch_all(sizes: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Launch every kernel for a model: as its load checks them, and with sizes of large passes."""
+    for settings in VARIANTS:
+        shapes = Shapes(**sizes, **settings)
+        # Nothing runs, so that results are not compared.
+        with mock.patch.object(kernel_loading, "_worst_row", return_value=0.0):
+            reasons = kernel_loading.load_operations(shapes, torch.device("cpu"), dtype).reasons
+        if reasons:
+            raise RuntimeError(f"kernels do not compile: {reasons}")
 
     def numbers(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=of)
 
-    int32 = torch.int32
-    caches = numbers(2, kv_heads, 256, head_dim), quantise(numbers(2, kv_heads, 256, head_dim))
-    row = numbers(64, of=int32)
-    work = SharedWork(numbers(512, 3, of=int32), numbers(1, of=int32), row)
-    keys = VisibleKeys(row, row, row, row, row, numbers(64, 64, of=int32), work)
-    for (k, v), softcap, sinks in (
-        *((cache, None, None) for cache in caches),
-        (caches[0], 50.0, numbers(heads)),
-    ):
-        attention.tree_attention(
-            *(numbers(64, heads, head_dim), k, v, keys),
-            scale=head_dim**-0.5,
-            softcap=softcap,
-            sinks=sinks,
-        )
-    x, gate = numbers(64, hidden), numbers(64, 4 * hidden)
-    layers.rms_norm(x, x[0], 1e-6, x)
-    layers.gated(gate, gate)
-    moves.move_columns(numbers(2, 2, 2, 8, head_dim), *(numbers(4, of=int32) for _ in range(3)))
-    products.linear(x, numbers(4 * hidden, hidden), gate[0])
-    groups, width = hidden // GROUP, 64  # sums in several parts
-    for bits in BITS:
-        quantised = QuantisedWeight(
-            numbers(groups, width, GROUP * bits // 8, of=torch.uint8),
-            *(numbers(groups, width), numbers(groups, width)),
-        )
-        for rows in (x, x[:32], x[:1]):
-            products.quantised_linear(rows, quantised)
-    sums = numbers(64, 3, of=int32)
-    for added, ids in ((sums[:0], None), (sums, None), (sums, numbers(hidden, of=torch.int64))):
+    int32, hidden = torch.int32, sizes["hidden_size"]
+    x, noisy = numbers(NODES, hidden), numbers(NODES, 3, of=int32)
+    products.linear(x, numbers(4 * hidden, hidden), numbers(4 * hidden))
+    groups = hidden // GROUP
+    for bits, rows in product(BITS, (x, x[:32], x[:1])):
+        stored = numbers(groups, 64, GROUP * bits // 8, of=torch.uint8)
+        scales, minima = numbers(2, groups, 64)
+        products.quantised_linear(rows, QuantisedWeight(stored, scales, minima))
+    for added, ids in ((noisy[:0], None), (noisy, None), (noisy, numbers(hidden, of=torch.int64))):
         noise.noisy_log_probs(x, added, 1.0, ids)
-    for tokens in (hidden, numbers(4, 1024, of=torch.int64)):
-        noise.draft_noise(sums, tokens)
-    sampling.sample_rows(x, numbers(64, 2, of=int32), numbers(64, 4, of=torch.float32))
-    for groups in (4, 2):  # few rows for each expert, and many
-        ends, bias = numbers(groups, of=int32), numbers(groups, 64)
-        experts.grouped_linear(x, numbers(groups, 64, hidden), ends, bias)
-        experts.grouped_linear(x, numbers(groups, hidden, 64).transpose(1, 2), ends)
-    q, new, weight = numbers(64, heads, head_dim), numbers(64, kv_heads, head_dim), x[0, :head_dim]
-    cos, slots = numbers(64, head_dim), numbers(64, of=torch.int64)
-    for k, v in caches:
-        layers.rotate_and_store(
-            q, new, new, cos, cos, k, v, slots, norms=(weight, weight), eps=1e-6
-        )
-    for shape in RECURRENT.values():
-        launch_recurrence(numbers, *shape)
-    for channels, kernel, activation in CONVOLUTIONS:
-        convolution.convolve_paths(
-            *(numbers(1, 64, channels), numbers(4, channels, kernel - 1), numbers(1, of=int32)),
-            *(numbers(1, 64, kernel, of=torch.int64), numbers(channels, kernel)),
-            activation=activation,
-        )
-
-
-def launch_recurrence(
-    numbers: Callable[..., torch.Tensor],  # shape, dtype -> zeros
-    heads: int,
-    key_heads: int,
-    key_dim: int,
-    value_dim: int,
-    delta: bool,
-    nodes: int = 64,
-) -> None:
-    """Launch the kernels of a recurrent layer, and of a commit of two layers."""
-    int32, float32 = torch.int32, torch.float32
-    visits, counts = numbers(1, nodes, 3, of=int32), numbers(1, of=int32)
-    tree = TreeNodes(numbers(1, nodes, nodes, of=torch.bool), visits=visits, counts=counts)
-    states = numbers(4, 2, heads, key_dim, value_dim, of=float32)
-    if not delta:  # other layers store them so
-        states = numbers(4, 2, heads, value_dim, key_dim, of=float32).mT
-    q, log_g = numbers(1, nodes, key_heads, key_dim), numbers(1, nodes, heads, 1, of=float32)
-    _, written, keys = recurrence.tree_recurrence(
-        *(q, q, numbers(1, nodes, heads, value_dim), log_g),
-        *(numbers(1, nodes, heads) if delta else None, states[:, 0], counts, tree),
-        normalise=delta,
+    sampling.sample_rows(x, noisy[:, :2], numbers(NODES, 4, of=torch.float32))
+    tree = TreeNodes(
+        numbers(1, NODES, NODES, of=torch.bool),
+        visits=numbers(1, NODES, 3, of=int32),
+        counts=numbers(1, of=int32),
     )
-    writes, read, gates = (x.expand(2, *x.shape) for x in (written, keys, log_g.transpose(1, 2)))
-    paths = numbers(1, PATH_COLUMNS + nodes, of=int32)
-    recurrence.commit_recurrence(writes, read, gates, states, paths)
+    for heads, key_dim, value_dim, _ in RECURRENT:
+        q = numbers(1, NODES, heads // 2, key_dim)
+        recurrence.tree_recurrence(
+            *(q, q, numbers(1, NODES, heads, value_dim), numbers(1, NODES, heads, 1).float()),
+            *(numbers(1, NODES, heads), numbers(4, heads, key_dim, value_dim).float()),
+            *(numbers(1, of=int32), tree),
+            normalise=True,
+        )
 
 
 def measure(capability: int, model: str) -> Iterator[Row]:
     """Yield what each kernel takes for a model on an architecture."""
     compiler = CompileOnly(capability)
     driver.set_active(cast(Any, compiler))
-    heads, kv_heads, head_dim, hidden, dtype = SHAPES[model]
+    *numbers, dtype = SHAPES[model]
     if dtype == torch.bfloat16 and capability < FIRST_BFLOAT16:
         dtype = torch.float16
-    launch_all(heads, kv_heads, head_dim, hidden, dtype)
+    launch_all(dict(zip(SIZES, numbers, strict=True)), dtype)
     for name, cubin, shared in compiler.cubins:
         registers, stack = resources(cubin)
         yield {

@@ -13,7 +13,6 @@ models of any size fit. It needs a build of PyTorch with CUDA, and the extra `te
 - `megabytes`: what the operations read and write, if each of them reads its inputs and writes its
   outputs once.
 - `syncs`: copies to the host, which wait for the device.
-- `slabs`: allocations that hold the keys and values of all sequences, of target and drafter.
 - `graphs`: CUDA graphs that `--budget auto` captures in `--iterations` iterations of texts of
   `TEXT` tokens, one text after another. Drafts are made up, and so are the tokens of the target.
 
@@ -54,7 +53,7 @@ class Cost(NamedTuple):
 
     operations: int
     kernels: int
-    nbytes: int
+    megabytes: float
     syncs: int
 
 
@@ -66,8 +65,8 @@ def count_operations(
     nodes: int = 6,
     context: int = 3,
     options: TableOptions | None = None,
-) -> tuple[dict[str, Cost], int]:
-    """Count what the parts of an iteration of some sequences take, and the allocations."""
+) -> dict[str, Cost]:
+    """Count what the parts of an iteration of some sequences take."""
     backend.target.graphs.enabled = False
     options = options or TableOptions(m=4, k=8, shortlist=256, rows=16)
     states = [backend.open(context + CAPACITY, drafts=True) for _ in range(sequences)]
@@ -79,13 +78,13 @@ def count_operations(
     def so_far() -> Cost:
         attention = cuda.launches.count("tree_attention")
         operations = len(cuda.launches)
-        return Cost(operations, operations + attention, cuda.nbytes, cuda.count.reads)
+        return Cost(operations, operations + attention, cuda.nbytes / 1e6, cuda.count.reads)
 
     def begin(name: str) -> None:
         started[name] = so_far()
 
     def end(name: str) -> None:
-        found[name] = Cost(*(y - x for x, y in zip(started[name], so_far(), strict=True)))
+        found[name] = Cost._make(y - x for x, y in zip(started[name], so_far(), strict=True))
 
     def count(name: str, call: Callable[[], Any]) -> Any:
         begin(name)
@@ -108,10 +107,9 @@ def count_operations(
     count("commit", lambda: backend.verifier.commit(verified, [(state, path) for state in states]))
     blocks = count("draft", lambda: backend.drafter.draft([(state, 1) for state in states]))
     count("head", lambda: backend.head.transitions(blocks, options))
-    slabs = sum(len(x.slabs) for x in (backend.target.arena, backend.drafter_arena))
     for state in states:
         state.close()
-    return found, slabs
+    return found
 
 
 def count_graphs(backend: Any, iterations: int) -> int:
@@ -141,18 +139,16 @@ def rows(cuda: Any, backend: Any, args: Any) -> list[Row]:
     """Build a row for each number of sequences and part of an iteration."""
     found = []
     for sequences in args.sequences:
-        parts, slabs = count_operations(
+        parts = count_operations(
             *(cuda, backend, sequences),
             nodes=args.nodes,
             context=args.context,
             options=TableOptions(m=16, k=16, shortlist=1024, rows=128),
         )
         totals = zip(*(parts[name] for name in parts if name != "layer"), strict=True)
-        parts["iteration"] = Cost(*map(sum, totals))
+        parts["iteration"] = Cost._make(map(sum, totals))
         for name, cost in parts.items():
-            row: Row = {"sequences": sequences, "part": name, "operations": cost.operations}
-            row |= {"kernels": cost.kernels, "megabytes": cost.nbytes / 1e6}
-            found.append(row | {"syncs": cost.syncs, "slabs": slabs})
+            found.append({"sequences": sequences, "part": name, **cost._asdict()})
     return found
 
 

@@ -26,6 +26,7 @@ from benchmarks.device_parts import (
     exact,
     peer,
     prompt_ids,
+    random_tree,
     run_command,
     speed,
     tests,
@@ -37,7 +38,6 @@ from treeflash.decoding.interfaces import device_report
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.registry import examine_device
-from treeflash.testing.comparisons import random_tree
 
 PLAIN_CONTEXTS, PLAIN_TOKENS = (64, 8192), 32
 AHEAD_AFTER = 2
@@ -143,7 +143,7 @@ def host(mac: Mac, part: Part) -> None:
     backend: Any = mac.load_model().backend
     target, repeats = backend.target, mac.args.repeats
     for nodes in HOST_NODES:
-        tree = random_tree(np.random.default_rng(1), 0, nodes, backend.vocab_size)
+        tree = random_tree(backend, nodes)
         path = np.flatnonzero(tree.ancestor_mask()[-1]).astype(np.int32)
         builds, commits = [], []
         capacity = HOST_CONTEXT + (repeats + 1) * len(path) + nodes

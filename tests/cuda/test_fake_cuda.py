@@ -489,7 +489,7 @@ def test_all_sequences_lie_in_one_allocation(cuda, pair, sequences):
 def test_operations_of_an_iteration(cuda, launches, pair, sequences):
     """They do not depend on the number of sequences."""
     backend = load(*pair, LoadConfig(dtype="bfloat16"))
-    found, _ = launches.count_operations(cuda, backend, sequences)
+    found = launches.count_operations(cuda, backend, sequences)
     for part, limit in MAX_LAUNCHES.items():
         assert 0 < found[part].operations <= limit, found
     assert {part: cost.syncs for part, cost in found.items() if cost.syncs} == {
@@ -509,7 +509,6 @@ def test_the_command_counts_operations_and_bytes(cuda, launches):
         found.append({(row["sequences"], row["part"]): row for row in rows})
     one, eight = (found[0][n, "iteration"] for n in (1, 8))
     assert eight["operations"] < one["operations"] + 10
-    assert one["slabs"] == eight["slabs"] == 2
     weights = 2 * (4 * 64 * (64 * 4 + 3 * 128) + 64 * 2048)
     for part in ("verify", "layer"):
         sizes = [rows[8, part]["megabytes"] for rows in found]
@@ -526,7 +525,7 @@ def test_the_command_counts_operations_and_bytes(cuda, launches):
 def test_operations_of_a_hybrid_target(cuda, launches, tmp_path, family, sequences):
     """They hardly depend on the number of sequences."""
     backend = load(*write_pair(tmp_path, family, vocab_size=VOCAB), LoadConfig(dtype="bfloat16"))
-    found, _ = launches.count_operations(cuda, backend, sequences)
+    found = launches.count_operations(cuda, backend, sequences)
     for part, limit in MAX_HYBRID_LAUNCHES[family].items():
         assert 0 < found[part].operations <= limit, found
 

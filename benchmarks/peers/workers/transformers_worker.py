@@ -1,6 +1,6 @@
-"""transformers: `generate`, its own ways to draft, and the loop of `treeflash.transformers`.
+"""transformers: `generate`, its own DFlash, and the loop of `treeflash.transformers`.
 
-`generate` pads prompts that it gets at once; its ways to draft take one prompt.
+`generate` pads prompts that it gets at once; drafts are for one prompt.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from treeflash.drafters.backbone import rope_parameters
 from treeflash.drafters.folder import read_config, read_tensors
 from treeflash.drafters.formats import canonical_name
 from treeflash.transformers import generate
-
-LOOKUP_TOKENS = 10  # number in the documentation of transformers
 
 
 class Clock(BaseStreamer):
@@ -96,10 +94,7 @@ def load(setup: dict[str, Any]) -> tuple[dict, Any]:
     )
     model = model.to(device).eval()
     clock = Clock(model)
-    options: dict[str, dict[str, Any]] = {
-        "generate": {},
-        "prompt-lookup": {"prompt_lookup_num_tokens": LOOKUP_TOKENS},
-    }
+    options: dict[str, dict[str, Any]] = {"generate": {}}
     skipped = {}
     if setup["drafter"]:
         dflash = load_dflash(Path(setup["drafter"]), model.dtype).to(model.device)
