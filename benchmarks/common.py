@@ -159,25 +159,15 @@ def require_testing(extra: str) -> None:
         raise ConfigError(f"this benchmark needs {missing[0]}; {command}")
 
 
-def alternate_ms(
-    calls: Sequence[Callable[[], object]], repeats: int, *, leave_work: bool = False
-) -> list[float]:
-    """Return each call's median milliseconds: all are made in turn, after a round to warm up.
-
-    Calls that `leave_work` running on the device, for which the next call waits, are made twice in
-    a row, and the second time counts: it waits for the work of an equal call.
-    """
-    rounds = []
+def alternate_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Return each call's median milliseconds: all are made in turn, after a round to warm up."""
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats + 1):
-        times = []
-        for call in calls:
-            if leave_work:
-                call()
+        for call, found in zip(calls, times, strict=True):
             started = time.perf_counter()
             call()
-            times.append(1000 * (time.perf_counter() - started))
-        rounds.append(times)
-    return [median(times) for times in zip(*rounds[1:], strict=True)]
+            found.append(1000 * (time.perf_counter() - started))
+    return [median(found[1:]) for found in times]
 
 
 def read_prompts(tokenizer: Tokenizer, path: Path, limit: int) -> list[list[int]]:
@@ -292,10 +282,10 @@ def mlx_environment() -> dict[str, str]:
 
 def _revision() -> str | None:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None  # there is no git here, or the source comes from an archive
+    with suppress(OSError):  # there is no git here
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        return run.stdout.strip() or None  # the source may come from an archive
+    return None
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str]:

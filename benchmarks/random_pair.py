@@ -11,8 +11,8 @@ from typing import Any, TypeAlias, cast
 from unittest import mock
 
 from treeflash.config import LoadConfig
-from treeflash.drafters.formats import DFLASH, HEADS, drafter_shapes, parse_drafter_config
-from treeflash.drafters.loading import DrafterTensors
+from treeflash.drafters.formats import DFLASH, drafter_shapes, parse_drafter_config
+from treeflash.drafters.loading import arrange_block
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 QWEN3 = {
@@ -104,20 +104,11 @@ def load_pair(shape: dict[str, Any], settings: LoadConfig, make: MakeTensor) -> 
             )
         return model.eval()
 
-    config, head_size = parse_drafter_config(drafter_config(shape)), shape["intermediate_size"]
-
-    def read(*_: Any) -> DrafterTensors[torch.Tensor]:
-        assert config.head is not None
-        names = HEADS[config.head].shapes(config, shape["vocab_size"], head_size)
-        prefix = HEADS[config.head].prefix
-        parts: dict[str, dict[str, torch.Tensor]] = {"backbone": {}, "head": {}}
-        for name, size in drafter_shapes(config, head_size).items():
-            part = "head" if name in names else "backbone"
-            stored = name.removeprefix(prefix) if name in names else name
-            parts[part][stored] = make(name, size)
-        return DrafterTensors(config=config, head_size=head_size, vocabulary={}, **parts)
-
-    layout = SimpleNamespace(format=DFLASH, config=config, read=read)
+    config = parse_drafter_config(drafter_config(shape))
+    shapes = drafter_shapes(config, shape["intermediate_size"])
+    layout: Any = SimpleNamespace(format=DFLASH, config=config, shapes=shapes)
+    layout.vocab_size = shape["vocab_size"]
+    layout.read = lambda *_: arrange_block(layout, {x: make(x, size) for x, size in shapes.items()})
     with (
         TemporaryDirectory() as folder,
         mock.patch.object(drafter_loading, "read_layout", return_value=layout),

@@ -50,11 +50,17 @@ def test_a_benchmark_runs(name, module, sets, pair_options, tmp_path):
         assert all(row["ratio_to_ar"] == 1 for row in rows if row["method"] == "ar")
 
 
-def test_a_call_that_leaves_work_waits_for_that_of_an_equal_call(module):
-    made = []
-    calls = [lambda: made.append("a"), lambda: made.append("b")]
-    assert len(module("common").alternate_ms(calls, 1, leave_work=True)) == 2
-    assert "".join(made) == "aabb" * 2  # the first round warms up
+def test_calls_take_turns_and_the_first_round_warms_up(module, monkeypatch):
+    common, made, now = module("common"), [], [0.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+
+    def call(name, seconds):
+        made.append(name)
+        now[0] += seconds if len(made) > 2 else 100.0
+
+    calls = [lambda: call("a", 1.0), lambda: call("b", 2.0)]
+    assert common.alternate_ms(calls, 2) == [1000.0, 2000.0]
+    assert "".join(made) == "ababab"
 
 
 @pytest.mark.parametrize(
