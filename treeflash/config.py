@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import time
@@ -58,6 +59,25 @@ def cache_folder() -> Path:
         return folder.expanduser()
     except RuntimeError as error:
         raise ConfigError(f"TREEFLASH_CACHE is {str(folder)!r}: {error}") from None
+
+
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """Raise a ConfigError if a file, or a `folder` that may have to be made, cannot be written.
+
+    Nothing is made: a command asks before it loads a model, which may fail.
+    """
+    whole = path.absolute()
+    above = whole.parents if folder else [whole.parent]
+    place = next(filter(os.path.exists, [whole, *above]), None)
+    obstacle: int | None = None
+    if place is None:
+        obstacle = errno.ENOENT
+    elif place.is_dir() != (folder or place != whole):
+        obstacle = errno.EISDIR if place.is_dir() else errno.ENOTDIR
+    elif not os.access(place, os.W_OK):
+        obstacle = errno.EACCES
+    if obstacle is not None:
+        raise ConfigError(f"{path} cannot be written: {os.strerror(obstacle)}")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -366,6 +366,23 @@ COMMANDS: dict[str, list[tuple[str, str]]] = {
         ("--prompts rows.jsonl rows.jsonl", "'rows' is taken"),
         ("--prompts mean.jsonl", "'mean' is taken"),
     ],
+    # A folder that cannot be made, or written, is not found out after the load.
+    **{
+        command: [
+            (f"{arguments} rows.jsonl", "rows.jsonl cannot be written: Not a directory"),
+            (f"{arguments} rows.jsonl/new/run", "new/run cannot be written: Not a directory"),
+        ]
+        for command, arguments in (
+            ("serve", "--prefix-cache-dir"),
+            ("chat", "--prefix-cache-dir"),
+            ("train", "--responses rows.jsonl --output"),
+            ("adapt", "--prompts rows.jsonl --output"),
+        )
+    },
+    "distill": [
+        ("--prompts rows.jsonl --output .", ". cannot be written"),
+        ("--prompts rows.jsonl --output no/out.jsonl", "no/out.jsonl cannot be written"),
+    ],
     "drafters": [("''", "the name of the target is empty")],
 }
 """By command, arguments that are refused before a model is loaded, and the message about them."""

@@ -48,7 +48,7 @@ def test_loading_fails():
     ("settings", "says"),
     [
         ({"prefix_cache_dir": "new", "prefix_cache_gb": 0}, "raise prefix_cache_gb"),
-        ({"prefix_cache_dir": "file"}, "file is a file; give a folder"),
+        ({"prefix_cache_dir": "file"}, "file cannot be written: Not a directory"),
         ({"prefix_cache_dir": ""}, "must be the path of a folder, got ''"),
         ({"prefix_cache_dir": 7}, "must be the path of a folder, got 7"),
         ({"prefix_cache_disk_gb": 0}, "prefix_cache_disk_gb must be above 0, got 0"),

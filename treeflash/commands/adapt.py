@@ -14,9 +14,9 @@ import numpy as np
 from rich.console import Console
 from rich.filesize import decimal
 
+from treeflash.cli import options as cli
 from treeflash.cli.console import Parser, guarded, plain_console
-from treeflash.cli.options import add_device_options, add_options, load_model, with_device
-from treeflash.config import AUTO, LoadConfig, write_whole
+from treeflash.config import AUTO, LoadConfig, check_writable, write_whole
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, stored_tensors
 from treeflash.drafters.formats import HEADS
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_max_tokens(distill.max_tokens)
     if args.measured < 1:
         raise ConfigError(f"measured must be 1 or more, got {args.measured}")
+    check_writable(args.output, folder=True)
     base = resolve_drafter(args.drafter, args.target)
     if args.output.resolve() == base.resolve():
         raise ConfigError(f"{args.output} has the drafter itself; give another --output")
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     answers_file = args.output / "answers.jsonl"
     try:
         with response_file(answers_file) as file:
-            model = load_model(args, drafter=str(base))
+            model = cli.load_model(args, drafter=str(base))
             if args.device is None:  # later loads choose the same device without a warning
                 args.device = model.backend.device
             distillation = Distillation(model, distill, file, answered)
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             load = replace(load, adapter=args.adapter)
             return train(target, responses, args.output, config, load)
 
-        show_records(with_device(device, start), config, console)
+        show_records(cli.with_device(device, start), config, console)
         after = _measure(args, args.output, measured, distill, console)
     except KeyboardInterrupt:
         console.print("interrupted; run the same command again to resume")
@@ -176,10 +177,10 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--adapter", metavar="FOLDER", help="merge a LoRA adapter of PEFT or mlx-lm into the target"
     )
-    add_options(parser.add_argument_group("answers"), DistillConfig)
+    cli.add_options(parser.add_argument_group("answers"), DistillConfig)
     shown = DEFAULTS | SHOWN_DEFAULTS
-    add_options(parser.add_argument_group("training"), TrainConfig, LEFT_OUT, shown)
-    add_device_options(parser)
+    cli.add_options(parser.add_argument_group("training"), TrainConfig, LEFT_OUT, shown)
+    cli.add_device_options(parser)
     return parser
 
 
@@ -293,7 +294,7 @@ def _measure(
                     "options, or give another --output"
                 )
         return found
-    model = model or load_model(args, drafter=str(drafter))
+    model = model or cli.load_model(args, drafter=str(drafter))
     method = model.best_method
     configs = {
         Case(method, BUDGET): model.decode_config(

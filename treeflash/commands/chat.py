@@ -37,7 +37,7 @@ from treeflash.decoding.iteration import concerns_few
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.errors import ConfigError, PromptError, first_line
 from treeflash.language_model import LanguageModel
-from treeflash.serving.settings import ANSWER_TOKENS, DISK_OPTIONS
+from treeflash.serving.settings import ANSWER_TOKENS, DISK_OPTIONS, Settings
 from treeflash.text.images import data_url
 from treeflash.text.input_file import read_text
 from treeflash.text.options import Options, parse_options
@@ -421,8 +421,7 @@ def make_session(history: History | None, **settings: Any) -> PromptSession[str]
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, load the models, and talk until the user ends the input."""
     args = make_parser().parse(argv)
-    for one in DISK_OPTIONS:
-        one.check(getattr(args, one.name), one.name)
+    Settings(**{one.name: getattr(args, one.name) for one in DISK_OPTIONS})  # checks them
     options: Options = {"max_tokens": ANSWER_TOKENS, **cli.decode_options(args)}
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("chat needs a terminal; pipe prompts into `treeflash generate`")

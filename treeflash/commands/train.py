@@ -8,7 +8,7 @@ from pathlib import Path
 
 from treeflash.cli.console import Parser, guarded, plain_console
 from treeflash.cli.options import add_device_options, add_options, with_device
-from treeflash.errors import ConfigError
+from treeflash.config import check_writable
 from treeflash.hub.models import resolve_target
 from treeflash.interruption import EXIT_INTERRUPTED
 from treeflash.text.tokenizer import Tokenizer
@@ -24,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet = os.environ.get("RANK", "0") != "0"
     console = plain_console(quiet=quiet)
     config = make_train_config(given_options(args, TrainConfig))
-    if args.output.exists() and not args.output.is_dir():
-        raise ConfigError(f"{args.output} cannot be written: it is not a folder")
+    check_writable(args.output, folder=True)
     train = trainer(args.backend).train
     target = resolve_target(args.target)
     tokenizer = Tokenizer.from_folder(target)

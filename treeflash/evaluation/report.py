@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import errno
 import io
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from treeflash.config import METHODS
+from treeflash.config import METHODS, check_writable
 from treeflash.errors import ConfigError
 from treeflash.evaluation.records import MEAN, Record
 from treeflash.evaluation.run import BEST, METRICS, SOURCES
@@ -32,13 +30,7 @@ def check_files(json_file: Path | None, report: Path | None, prompts: Iterable[P
     for path in (json_file, report):
         if path is None:
             continue
-        obstacle = None if path.parent.is_dir() else errno.ENOENT
-        if path.is_dir():
-            obstacle = errno.EISDIR
-        elif not (obstacle or os.access(path if path.exists() else path.parent, os.W_OK)):
-            obstacle = errno.EACCES
-        if obstacle is not None:
-            raise ConfigError(f"{path} cannot be written: {os.strerror(obstacle)}")
+        check_writable(path)
         if path.resolve() in inputs:
             raise ConfigError(f"{path} is a file of prompts; choose another file")
     if report is not None:

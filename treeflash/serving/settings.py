@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from treeflash.cli.options import add_option
-from treeflash.config import GIB
+from treeflash.config import GIB, check_writable
 from treeflash.errors import ConfigError, MemoryShortError
 from treeflash.option import check, option, options_of
 from treeflash.serving.response_templates import TOOL_CALL_PARSERS
@@ -107,6 +107,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.prefix_cache_dir is not None:
+            if self.prefix_cache_gb is not None and not int(self.prefix_cache_gb * GIB):
+                raise ConfigError("prefix_cache_dir needs a prefix cache; raise prefix_cache_gb")
+            check_writable(Path(self.prefix_cache_dir), folder=True)
         for name in ("api_keys", "cors_origins"):
             values = getattr(self, name)
             if isinstance(values, str) or not all(values):  # each character would be a key

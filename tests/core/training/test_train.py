@@ -219,7 +219,7 @@ def test_an_output_that_is_a_file_is_refused_before_anything_is_read(tmp_path, c
     output = tmp_path / "out"
     output.write_text("prompts")
     assert train.main(["--responses", "missing.jsonl", "--output", str(output)]) == 2
-    message = f"error: {output} cannot be written: it is not a folder\n"
+    message = f"error: {output} cannot be written: Not a directory\n"
     assert capsys.readouterr().err == message
     assert output.read_text() == "prompts"
 
