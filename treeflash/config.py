@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from platformdirs import user_cache_dir
+from rich.filesize import pick_unit_and_suffix
 
 from treeflash.errors import ConfigError
 from treeflash.option import (
@@ -59,6 +60,13 @@ def cache_folder() -> Path:
         return folder.expanduser()
     except RuntimeError as error:
         raise ConfigError(f"TREEFLASH_CACHE is {str(folder)!r}: {error}") from None
+
+
+def size_text(nbytes: int) -> str:
+    """Write a number of bytes in a unit that leaves digits before the point, such as 1.5 MiB."""
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    unit, name = pick_unit_and_suffix(nbytes, units, 1024)
+    return f"{nbytes / unit:.{1 if unit > 1 else 0}f} {name}"
 
 
 def check_writable(path: Path, *, folder: bool = False) -> None:

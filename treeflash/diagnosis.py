@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import GIB, MAX_BUDGET, DecodeConfig
+from treeflash.config import MAX_BUDGET, DecodeConfig, size_text
 from treeflash.decoding import Request, decode
 from treeflash.decoding.interfaces import ARHead, Backend, DeviceReport, device_report
 from treeflash.decoding.session import draft_anchors
@@ -421,9 +421,9 @@ def _memory_finding(backend: Backend, weights: int, free: int) -> Finding:
 
     longest = min(backend.max_positions, MAX_CONTEXT)
     fitting = bisect_right(range(longest), free, key=lambda n: nbytes(n + 1))
-    message = f"the models take {weights / GIB:.1f} GiB and leave {free / GIB:.1f} GiB, "
+    message = f"the models take {size_text(weights)} and leave {size_text(free)}, "
     if fitting == longest:
-        message += f"enough for a context of {longest} tokens ({nbytes(longest) / GIB:.1f} GiB)"
+        message += f"enough for a context of {longest} tokens ({size_text(nbytes(longest))})"
     else:
         message += f"enough for a context of {fitting} of {longest} tokens"
     ok = fitting >= min(longest, USEFUL_CONTEXT)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from treeflash.config import LoadConfig, SamplingConfig
+from treeflash.config import LoadConfig, SamplingConfig, size_text
 from treeflash.decoding.backend_base import OPTIONAL, BaseBackend, check_settings
 from treeflash.decoding.image_processor import Processor
 from treeflash.decoding.interfaces import DeviceReport, Prefill
@@ -188,7 +188,7 @@ class CudaBackend(BaseBackend):
         device = self.target.device
         facts = device_facts(device)
         for name, formats in self.weights_read.items():
-            sizes = [f"{nbytes / 2**30:.2f} GiB of {x}" for x, nbytes in formats.most_common()]
+            sizes = [f"{size_text(nbytes)} of {x}" for x, nbytes in formats.most_common()]
             facts[name] = " and ".join(sizes)
         facts["layers of the target"] = self.target.layers_from
         if self.target.threads is not None:

@@ -418,6 +418,7 @@ def test_a_file_is_exact_in_its_own_bits(model):
     assert found.count(LowBitEmbedding) == 1
     assert PackedLinear not in found
     assert set(model.backend.weights_read["a pass reads"]) >= {"Q4_1", "Q5_0", "Q8_0"}
+    assert "KiB of Q4_1" in model.backend.device_report().facts["a pass reads"]
 
 
 def test_an_output_head_of_its_own_keeps_its_bits(tmp_path):

@@ -322,8 +322,9 @@ class Machine:
     [
         (11, True, "leave 11.0 GiB, enough for a context of 10000 tokens (10.8 GiB)"),
         (6, True, "leave 6.0 GiB, enough for a context of 5120 of 10000 tokens"),
+        (0.5, False, "the models take 3.0 GiB and leave 512.0 MiB, enough"),
         (2, False, "enough for a context of 1024 of 10000 tokens; use a smaller model"),
-        (-1, False, "leave 0.0 GiB, enough for a context of 0 of 10000 tokens"),
+        (-1, False, "leave 0 bytes, enough for a context of 0 of 10000 tokens"),
     ],
 )
 def test_whether_a_context_fits(free_gb, ok, says):
