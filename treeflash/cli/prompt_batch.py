@@ -113,15 +113,8 @@ class PromptBatch:
 
     def is_finished(self, options: Options, args: argparse.Namespace) -> bool:
         """Return whether the output has every turn, from the chosen models, backend and dtype."""
-        name = model_name(Path(args.target or DEFAULT_TARGET)).rpartition("/")[2].lower()
-        chosen = {"adapter": args.adapter and Path(args.adapter).name}
-        for key in ("backend", "dtype"):
-            if (value := getattr(args, key)) is not None:
-                chosen[key] = value
-        for record in self._records():
-            target = str(record.get("target")).rpartition("/")[2].lower()
-            if target != name or any(record.get(key) != value for key, value in chosen.items()):
-                return False
+        if not all(is_from_chosen(record, args) for record in self._records()):
+            return False
         turns = (
             turn for row in self.rows for turn in self._converse(row, options, {}, lambda: None)
         )
@@ -292,6 +285,18 @@ def _settings(options: Options) -> Record:
         "stop": list(text.stop_strings),
         **{name: getattr(text, name) for name in ("system", "raw", "template_args")},
     }
+
+
+def is_from_chosen(record: Record, args: argparse.Namespace) -> bool:
+    """Return whether a record is from the models that were chosen, the backend and the dtype."""
+    name = model_name(Path(args.target or DEFAULT_TARGET)).rpartition("/")[2].lower()
+    adapter = getattr(args, "adapter", None)
+    chosen = {"adapter": adapter and Path(adapter).name}
+    for key in ("backend", "dtype"):
+        if (value := getattr(args, key)) is not None:
+            chosen[key] = value
+    target = str(record.get("target")).rpartition("/")[2].lower()
+    return target == name and all(record.get(key) == value for key, value in chosen.items())
 
 
 def provenance(model: LanguageModel) -> Record:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from treeflash.cli import options as cli
 from treeflash.cli.console import Parser, guarded, plain_console
+from treeflash.cli.prompt_batch import is_from_chosen
 from treeflash.errors import ConfigError
+from treeflash.hub.models import resolve_target
 from treeflash.interruption import EXIT_INTERRUPTED
 from treeflash.text.prompt import Row, read_rows
+from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.config import given_options
 from treeflash.training.distillation import (
     Distillation,
     DistillConfig,
+    count_responses,
+    is_finished,
     mix,
     response_file,
     self_prompts,
@@ -29,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = DistillConfig(**given_options(args, DistillConfig))
     rows = _rows(args, config.seed)
     with response_file(args.output) as file:  # before the model is loaded
+        chosen, tokenizer = partial(is_from_chosen, args=args), partial(_tokenizer, args.target)
+        if rows and is_finished(file, rows, config, chosen, tokenizer):
+            console.print(count_responses(file, rows))
+            return 0
         # No drafter is loaded: with many prompts at once, plain decoding keeps the device busy.
         model = cli.load_model(args, drafter=False)
         distillation = Distillation(model, config, file, rows)
@@ -49,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_INTERRUPTED
     console.print(distillation.report())
     return 0
+
+
+def _tokenizer(target: str | None) -> Tokenizer:
+    return Tokenizer.from_folder(resolve_target(target))
 
 
 def _rows(args: argparse.Namespace, seed: int) -> list[Row]:

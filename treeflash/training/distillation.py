@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -157,6 +157,16 @@ class DistillConfig:
         temperature = self.temperature[n % len(self.temperature)]
         return SamplingConfig(temperature=temperature, top_p=self.top_p, seed=self.seed + n)
 
+    @property
+    def settings(self) -> Record:
+        """The settings that the records of all rows have."""
+        return {"top_p": self.top_p, "max_tokens": self.max_tokens}
+
+    def row_settings(self, n: int) -> Record:
+        """Return the settings that the records of one row have."""
+        sampling = self.sampling(n)
+        return {"temperature": sampling.temperature, "seed": sampling.seed}
+
 
 def mix(
     files: Sequence[Sequence[Row]], weights: Sequence[float], limit: int | None, seed: int
@@ -284,7 +294,7 @@ class Distillation:
             self.output.check_settings(record, self._settings)
         for n, row in enumerate(self.rows):
             for record in self.output.select(row.keys):
-                self.output.check_settings(record, self._row_settings(n))
+                self.output.check_settings(record, self.config.row_settings(n))
 
     def run(self, console: Console) -> None:
         """Answer the missing turns; each response is on disk as soon as it ends.
@@ -309,7 +319,7 @@ class Distillation:
                 for index, response_ids in responses:
                     n, prompt = missing[index]
                     record: Record = {"id": self.rows[n].id, "turn": turn}
-                    record |= self._settings | self._row_settings(n)
+                    record |= self._settings | self.config.row_settings(n)
                     record |= {"prompt_ids": prompt, "response_ids": response_ids}
                     self.output.append(record)
                     tokens += len(response_ids)
@@ -328,12 +338,7 @@ class Distillation:
 
     def report(self) -> str:
         """Report one line: responses and tokens in the output, and which prompts were skipped."""
-        keys = [key for row in self.rows for key in row.keys]
-        records = self.output.select(keys)
-        line = (
-            f"{self.output.path}: {len(records)} of {len(keys)} prompts answered, "
-            f"{sum(len(record['response_ids']) for record in records)} tokens"
-        )
+        line = count_responses(self.output, self.rows)
         if self.skipped:
             names = [repr(name) for name in self.skipped[:MAX_NAMED_ROWS]]
             names += ["..."] * (len(self.skipped) > MAX_NAMED_ROWS)
@@ -342,12 +347,7 @@ class Distillation:
 
     @property
     def _settings(self) -> Record:
-        config = self.config
-        return {**provenance(self.model), "top_p": config.top_p, "max_tokens": config.max_tokens}
-
-    def _row_settings(self, n: int) -> Record:
-        sampling = self.config.sampling(n)
-        return {"temperature": sampling.temperature, "seed": sampling.seed}
+        return provenance(self.model) | self.config.settings
 
     def _missing(self, numbers: Sequence[int], turn: int) -> list[tuple[int, list[int]]]:
         """Select the rows that still need a response in this turn: their numbers and prompts."""
@@ -358,7 +358,7 @@ class Distillation:
             row = self.rows[n]
             if any(key not in records for key in row.keys[:turn]):
                 continue  # an earlier turn was skipped
-            prompt = self._prompt(row, turn)
+            prompt = _prompt(row, turn, self.output, self.model.tokenizer)
             if record := records.get((row.id, turn)):
                 if record["prompt_ids"] != prompt:
                     raise ConfigError(
@@ -371,13 +371,48 @@ class Distillation:
                 missing.append((n, prompt))
         return missing
 
-    def _prompt(self, row: Row, turn: int) -> list[int]:
-        """Return the token ids of a row's conversation up to the response of a turn."""
-        messages = list(row.turns[0])
-        for key, new_messages in zip(row.keys[:turn], row.turns[1:], strict=False):
-            response = self.model.tokenizer.decode(self.output.records[key]["response_ids"])
-            messages += [{"role": "assistant", "content": response}, *new_messages]
-        try:
-            return self.model.tokenizer.chat(messages)
-        except PromptError as error:
-            raise PromptError(f"the row {row.id!r}: {error}") from None
+
+def is_finished(
+    output: OutputFile,
+    rows: Sequence[Row],
+    config: DistillConfig,
+    is_from_chosen: Callable[[Record], bool],
+    tokenizer: Callable[[], Tokenizer],
+) -> bool:
+    """Return whether the output has a response to every prompt, with these settings.
+
+    It is found out without the target: `is_from_chosen` tells whether a record is the chosen one's,
+    whose `tokenizer` is loaded if nothing else is missing.
+    """
+    for n, row in enumerate(rows):
+        records, settings = output.select(row.keys), config.settings | config.row_settings(n)
+        if len(records) < len(row.keys) or not all(map(is_from_chosen, records)):
+            return False
+        if not all(record.items() >= settings.items() for record in records):
+            return False
+    encoder = tokenizer()
+    return all(
+        output.records[key]["prompt_ids"] == _prompt(row, turn, output, encoder)
+        for row in rows
+        for turn, key in enumerate(row.keys)
+    )
+
+
+def count_responses(output: OutputFile, rows: Sequence[Row]) -> str:
+    """Return a line that counts the responses to these prompts in the output, and their tokens."""
+    keys = [key for row in rows for key in row.keys]
+    records = output.select(keys)
+    tokens = sum(len(record["response_ids"]) for record in records)
+    return f"{output.path}: {len(records)} of {len(keys)} prompts answered, {tokens} tokens"
+
+
+def _prompt(row: Row, turn: int, output: OutputFile, tokenizer: Tokenizer) -> list[int]:
+    """Return the token ids of a row's conversation up to the response of a turn."""
+    messages = list(row.turns[0])
+    for key, new_messages in zip(row.keys[:turn], row.turns[1:], strict=False):
+        response = tokenizer.decode(output.records[key]["response_ids"])
+        messages += [{"role": "assistant", "content": response}, *new_messages]
+    try:
+        return tokenizer.chat(messages)
+    except PromptError as error:
+        raise PromptError(f"the row {row.id!r}: {error}") from None

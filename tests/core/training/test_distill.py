@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,6 +149,33 @@ def test_an_interrupted_run_resumes(distill, prompts, output, echo):
         assert distill(model, *asked)[0] == 0
         assert len(model.backend.prompts) == 5 - stop
         assert answers() == whole
+
+
+@pytest.mark.parametrize(
+    ("turns", "options", "loads"),
+    [
+        (["a"], [], False),
+        (["a"], ["--seed", "1"], True),
+        (["a"], ["--max-tokens", "4"], True),
+        (["a"], ["--target", "other"], True),
+        (["b"], [], True),
+        (["a", "b"], [], True),
+    ],
+)
+def test_a_finished_run_loads_no_model(
+    prompts, output, tiny_pair, capsys, request, turns, options, loads
+):
+    def run(turns, options=()):
+        asked = [*prompts(turns), "--output", output, "--target", tiny_pair[0], "--max-tokens", 3]
+        return command.main([*map(str, asked), "--backend", "reference", *options])
+
+    assert run(["a"]) == 0
+    before, told = output.read_text(), capsys.readouterr().err.splitlines()[-1]
+    request.getfixturevalue("nothing_loads")
+    with pytest.raises(pytest.fail.Exception, match="loaded") if loads else nullcontext():
+        assert run(turns, options) == 0
+        assert capsys.readouterr().err == f"{told}\n"
+    assert output.read_text() == before
 
 
 def test_longer_prompts_are_skipped_and_named(distill, prompts, output, echo, byte_tokenizer):
