@@ -15,16 +15,7 @@ from unittest import mock
 
 from benchmarks import device_parts
 from benchmarks.common import Row, alternate_ms, package_versions, random_prompt
-from benchmarks.device_parts import (
-    Device,
-    Find,
-    exact,
-    peer,
-    random_tree,
-    run_command,
-    tests,
-    verify_rows,
-)
+from benchmarks.device_parts import Device, Find
 from benchmarks.random_pair import SHAPES, load_pair, random_tensor
 from benchmarks.report import Part
 from treeflash.config import DecodeConfig, LoadConfig, Method, SamplingConfig
@@ -123,7 +114,7 @@ def machine(gpu: Gpu, part: Part) -> None:
             part.add("environment", name=name, value=value)
     facts = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
     query = f"--query-gpu={facts},temperature.gpu"
-    run_command(part, "cards", "nvidia-smi", query, "--format=csv")
+    device_parts.run_command(part, "cards", "nvidia-smi", query, "--format=csv")
 
 
 def speed(gpu: Gpu, part: Part) -> None:
@@ -169,7 +160,7 @@ def iterations(gpu: Gpu, part: Part) -> None:
             _profile(part, backend, texts, sampling)
     contexts = [x for x in (64, 1024, 8192, 32_768) if x < backend.max_positions]
     for context in contexts[: 1 if shape == "tiny" else None]:
-        for row in verify_rows(backend, [context], [1, 8, 16, 64], 5):
+        for row in device_parts.verify_rows(backend, context, [1, 8, 16, 64], 5):
             nbytes = weights + backend.state_nbytes(context, drafts=False)
             limit = 1000 * nbytes / bandwidth
             part.add("passes", **row, share_of_bandwidth=limit / row["verify_ms"])
@@ -188,7 +179,7 @@ def wide_rows(backend: Any, repeats: int) -> list[Row]:
     from treeflash_cuda.gpu import graphs, row_pass
 
     rows = WIDE_TREES * WIDE_NODES
-    tree = random_tree(backend, WIDE_NODES)
+    tree = device_parts.random_tree(backend, WIDE_NODES)
     params = SamplingParams.from_positions(SamplingConfig(), tree.positions(WIDE_CONTEXT + 1))
     with ExitStack() as stack:
         sessions = [
@@ -339,11 +330,11 @@ def _profile(part: Part, backend: Any, texts: int, sampling: str) -> None:
 
 PARTS: dict[str, Find] = {
     "machine": machine,
-    "peer": peer,
+    "peer": device_parts.peer,
     "speed": speed,
     "iterations": iterations,
-    "exact": exact,
-    "tests": tests,
+    "exact": device_parts.exact,
+    "tests": device_parts.tests,
 }
 """The parts in their order."""
 DEVICE = Gpu

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from shutil import which
 from typing import Any, ClassVar, TypeAlias
@@ -247,16 +248,12 @@ def random_tree(backend: Backend, nodes: int) -> DraftTree:
 
 
 def verify_rows(
-    backend: Backend, contexts: Sequence[int], sizes: Sequence[int], repeats: int
-) -> list[Row]:
-    """Measure the target's forward pass over a random tree, by context and nodes."""
-    rows = []
+    backend: Backend, context: int, sizes: Sequence[int], repeats: int
+) -> Iterator[Row]:
+    """Measure the target's forward pass over random trees after committed positions."""
     trees = [random_tree(backend, size) for size in sizes]
-    for context in contexts:
-        with SequenceSession(backend, capacity=context + max(sizes)) as session:
-            if context:
-                session.extend(random_prompt(backend.vocab_size, context))
-            calls = [lambda s=session, t=tree: s.verify(t) for tree in trees]
-            for tree, ms in zip(trees, alternate_ms(calls, repeats), strict=True):
-                rows.append({"context": context, "nodes": len(tree), "verify_ms": ms})
-    return rows
+    with SequenceSession(backend, capacity=context + max(sizes)) as session:
+        session.extend(random_prompt(backend.vocab_size, context))
+        calls = [partial(session.verify, tree) for tree in trees]
+        for size, ms in zip(sizes, alternate_ms(calls, repeats), strict=True):
+            yield {"context": context, "nodes": size, "verify_ms": ms}

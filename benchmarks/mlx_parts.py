@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from benchmarks import device_parts
 from benchmarks.common import (
     alternate_ms,
     describe,
@@ -18,20 +19,7 @@ from benchmarks.common import (
     random_prompt,
     supported_methods,
 )
-from benchmarks.device_parts import (
-    PROMPTS,
-    Device,
-    Find,
-    add_kernels,
-    exact,
-    peer,
-    prompt_ids,
-    random_tree,
-    run_command,
-    speed,
-    tests,
-    verify_rows,
-)
+from benchmarks.device_parts import Device, Find
 from benchmarks.report import Part
 from treeflash.config import GIB, LoadConfig
 from treeflash.decoding.interfaces import device_report
@@ -62,18 +50,18 @@ def machine(mac: Mac, part: Part) -> None:
 
     for name, fact in device_facts().items():
         part.add("device", name=name, fact=fact)
-    run_command(part, "power", "pmset", "-g")
-    run_command(part, "power", "pmset", "-g", "therm")
+    device_parts.run_command(part, "power", "pmset", "-g")
+    device_parts.run_command(part, "power", "pmset", "-g", "therm")
 
 
 def speed_together(mac: Mac, part: Part) -> None:
     """Measure every method, what passes cost, and four texts at once, beside each alone."""
-    model = speed(mac, part)
+    model = device_parts.speed(mac, part)
     methods = supported_methods(model.backend)
     budget = model.adaptive_budgets.get(methods[-1], model.backend)
     for nodes, seconds in budget.costs.seconds.items():
         part.add("costs", nodes=nodes, pass_ms=1000 * seconds)
-    first, *others = prompt_ids(model.tokenizer)
+    first, *others = device_parts.prompt_ids(model.tokenizer)
     texts = [first, *others, first]
     for method in (methods[0], methods[min(3, len(methods) - 1)]):
         options: Any = {"method": method, "max_tokens": mac.args.max_tokens}
@@ -96,7 +84,7 @@ def passes(mac: Mac, part: Part) -> None:
     backend = mac.load_model().backend
     part.add("pair", **describe(backend))
     report = device_report(backend)
-    add_kernels(part, report)
+    device_parts.add_kernels(part, report)
     room = backend.max_positions - max(mac.args.sizes)
     for context in [x for x in mac.args.contexts if x <= room]:
         needed = backend.state_nbytes(context + max(mac.args.sizes), drafts=False)
@@ -104,7 +92,7 @@ def passes(mac: Mac, part: Part) -> None:
             gib = f"{needed / GIB:.1f} GiB, and the models leave {report.free_bytes / GIB:.1f}"
             part.note(f"passes after {context} positions were left out: their keys take {gib}")
             continue
-        for row in verify_rows(backend, [context], mac.args.sizes, mac.args.repeats):
+        for row in device_parts.verify_rows(backend, context, mac.args.sizes, mac.args.repeats):
             part.add("passes", **row)
         if mac.is_late:
             part.note(f"passes were cut short after {context} positions")
@@ -143,7 +131,7 @@ def host(mac: Mac, part: Part) -> None:
     backend: Any = mac.load_model().backend
     target, repeats = backend.target, mac.args.repeats
     for nodes in HOST_NODES:
-        tree = random_tree(backend, nodes)
+        tree = device_parts.random_tree(backend, nodes)
         path = np.flatnonzero(tree.ancestor_mask()[-1]).astype(np.int32)
         builds, commits = [], []
         capacity = HOST_CONTEXT + (repeats + 1) * len(path) + nodes
@@ -192,7 +180,7 @@ def plain(mac: Mac, part: Part) -> None:
 def kernels(mac: Mac, part: Part) -> None:
     """Check every kernel on shapes of common models."""
     report = examine_device("mlx", LoadConfig(device=mac.args.device))
-    add_kernels(part, report)
+    device_parts.add_kernels(part, report)
     if not report.kernels:
         part.note("treeflash's kernels are not tried on this device")
 
@@ -201,17 +189,17 @@ def memory(mac: Mac, part: Part) -> None:
     """Tell the peak of memory of a text, and swap, pressure and heat after the other parts."""
     import mlx.core as mx
 
-    mac.load_model().generate(PROMPTS[0], max_tokens=mac.args.max_tokens)
+    mac.load_model().generate(device_parts.PROMPTS[0], max_tokens=mac.args.max_tokens)
     part.add("peak", gib=mx.get_peak_memory() / GIB)
     machine(mac, part)
 
 
 PARTS: dict[str, Find] = {
     "machine": machine,
-    "peer": peer,
+    "peer": device_parts.peer,
     "speed": speed_together,
-    "peer again": peer,
-    "exact": exact,
+    "peer again": device_parts.peer,
+    "exact": device_parts.exact,
     "prompts": prompts,
     "passes": passes,
     "host": host,
@@ -219,7 +207,7 @@ PARTS: dict[str, Find] = {
     "larger buffers": larger_buffers,
     "memory": memory,
     "kernels": kernels,
-    "tests": tests,
+    "tests": device_parts.tests,
 }
 """The parts in their order."""
 DEVICE = Mac

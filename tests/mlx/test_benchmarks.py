@@ -74,7 +74,11 @@ def test_passes_whose_keys_have_no_room_are_left_out(module, mac, monkeypatch):
         monkeypatch,
         parts,
         device_report=lambda _: DeviceReport(reserved_bytes=free),
-        verify_rows=lambda _, contexts, *__: [{"context": contexts[0]}],
+    )
+    stand_in(
+        monkeypatch,
+        module("device_parts"),
+        verify_rows=lambda _, context, *__: [{"context": context}],
     )
     mac.args.contexts = [100, 400]
     parts.passes(mac, part)
