@@ -104,6 +104,7 @@ def load_pair(shape: dict[str, Any], settings: LoadConfig, make: MakeTensor) -> 
             )
         return model.eval()
 
+    torch.manual_seed(0)
     config = parse_drafter_config(drafter_config(shape))
     shapes = drafter_shapes(config, shape["intermediate_size"])
     layout: Any = SimpleNamespace(format=DFLASH, config=config, shapes=shapes)
