@@ -250,7 +250,7 @@ def _sample_groups(
     """Sample the tokens of each sequence, those with the same sampling together."""
     groups: dict[object, list[int]] = {}
     for i, params in sampled.items():
-        groups.setdefault(shared_sampling(params), []).append(i)
+        groups.setdefault(shared_sampling(params.sampling), []).append(i)
     tokens: dict[int, NDArray[np.int32]] = {}
     for sequences in groups.values():
         rows = logits.joined(sequences, edited)

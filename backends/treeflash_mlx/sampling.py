@@ -37,7 +37,7 @@ def sample(
     for i, (rows, params) in enumerate(zip(logits, all_params, strict=True)):
         if params is not None:
             assert rows is not None
-            groups.setdefault(shared_sampling(params), []).append((i, rows, params))
+            groups.setdefault(shared_sampling(params.sampling), []).append((i, rows, params))
     for sequences in groups.values():
         edited = [edit(rows, params) for _, rows, params in sequences]
         sampling = sequences[0][2].sampling

@@ -26,10 +26,12 @@ table is wrong about them.
 Drafts. A `Pause` keeps a balance: the tokens that drafting brought beyond what plain decoding would
 have emitted in the same time. At the lowest balance it pauses; each later pause is twice as long
 until drafting pays again. It ends if a plain pass turns out to be much slower than was thought,
-because the balance was wrong. A pause goes on in the next text, often one of the same kind. Several
-sequences must draft faster than plain decoding by `MIN_ADVANTAGE`. Copies of the text cost no
-draft, so they are verified in pauses too; and where a copy alone promises more than the rate emits
-in the time of its pass, the drafter is not called.
+because the balance was wrong. A pause goes on in the next text, often one of the same kind. Copies
+of the text cost no draft, so they are verified in pauses too; and where a copy alone promises more
+than the rate emits in the time of its pass, the drafter is not called.
+
+Batches. Drafts and copies of several sequences must beat plain decoding by `MIN_ADVANTAGE`. Copies
+have a `Pause` of their own. Some iterations decode plainly, so that the time of it is known.
 """
 
 from __future__ import annotations
@@ -55,11 +57,14 @@ CONFIDENCES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 SMALLEST = 5
 """Nodes that are verified at least of a single drafted tree."""
 MIN_ADVANTAGE = 1.1
-"""A factor that is worth a change. In a batch, drafts must be faster than plain decoding by it:
-drafting also makes the drafter read every prompt, and lets sequences end at different times, which
-leaves smaller batches."""
+"""A factor that is worth a change. In a batch, drafts and copies must be faster than plain decoding
+by it: they let sequences end at different times, which leaves smaller batches, and the drafter must
+read every prompt."""
 MIN_PLAIN = 2
-"""Iterations without a draft that several sequences run before they draft, to know their time."""
+"""Iterations of plain decoding that several sequences run before they draft, to know its time."""
+PLAIN_EVERY = 32
+"""Every so many iterations of several sequences are of plain decoding: copies of the text are found
+in nearly all of them, so a wrong time of plain decoding would stay."""
 
 
 @dataclass
@@ -194,9 +199,10 @@ class Pace:
     """Measurements with about the same number of sequences at once."""
 
     drafting: Pause = field(default_factory=Pause)  # pause of the drafter
+    copying: Pause = field(default_factory=Pause)  # pause of copies; only a batch heeds it
     begun: int = 0  # number of iterations
     rate: Rate = field(default_factory=Rate)  # rate of iterations with a draft or a copy
-    # seconds of the latest iterations with a draft, without the target's pass
+    # seconds of the latest drafts
     draft_s: deque[float] = field(default_factory=lambda: deque(maxlen=9))
     # seconds of each depth of the latest drafts
     depth_s: deque[float] = field(default_factory=lambda: deque(maxlen=9))
@@ -241,12 +247,19 @@ class AdaptiveBudget:
         """Begin an iteration of some sequences; returns whether it should draft."""
         now = self.pace(sequences)
         pays = now.drafting.begin()
+        now.copying.begin()
         now.begun += 1
-        return pays and not self.times_plain(sequences)
+        return pays and not self._times_plain(sequences)
 
-    def times_plain(self, sequences: int) -> bool:
+    def copies(self, sequences: int) -> bool:
+        """Return whether the iteration that has begun verifies copies of the text."""
+        paused = sequences > 1 and self.pace(sequences).copying.left > 0
+        return not paused and not self._times_plain(sequences)
+
+    def _times_plain(self, sequences: int) -> bool:
         """Return whether the iteration measures plain decoding, without drafts and copies."""
-        return sequences > 1 and self.pace(sequences).begun <= MIN_PLAIN
+        begun = self.pace(sequences).begun
+        return sequences > 1 and (begun <= MIN_PLAIN or begun % PLAIN_EVERY == 0)
 
     def nodes_to_build(self, sequences: int) -> int:
         """Return how many nodes a tree is built with before it is pruned."""
@@ -364,44 +377,44 @@ class AdaptiveBudget:
         sizes = [len(tree) for tree in trees]
         rows, reads = sum(sizes), float(np.dot(sizes, lengths))
         is_plain = rows == sequences
-        thought = self._plain_rate(lengths) if is_plain and now.drafting.left else 0.0
-        self.costs.observe(rows, reads, sequences, seconds["verify"])
-        if thought and thought > DIFFERENT * self._plain_rate(lengths):
+        thought = self._rate_to_beat(lengths) if is_plain and now.drafting.left else 0.0
+        draft_s = seconds.get("draft", 0.0)
+        self.costs.observe(rows, reads, sequences, sum(seconds.values()) - draft_s)
+        if thought and thought > DIFFERENT * self._rate_to_beat(lengths):
             now.drafting = Pause()  # drafts lost against a plain pass that is slower than thought
         self.acceptance.observe(trees, paths)
         drafted = "draft" in seconds
-        other_s = sum(seconds.values()) - seconds["verify"]
         if drafted:
             now.learn(trees, paths)
             if not first:
-                now.draft_s.append(other_s)
-                now.depth_s.append(seconds["draft"] / now.depths)
+                now.draft_s.append(draft_s)
+                now.depth_s.append(draft_s / now.depths)
             elif not now.draft_s:
                 return
-            other_s = statistics.median(now.draft_s)
+            draft_s = statistics.median(now.draft_s)
         elif is_plain:
             return
         # The expected seconds, because a disturbance says nothing about the choice.
-        all_s = other_s + float(self.costs.predict([rows], [reads], sequences)[0])
+        all_s = draft_s + float(self.costs.predict([rows], [reads], sequences)[0])
         tokens = sum(map(len, paths))
         now.rate.add(tokens, all_s)
-        if drafted:
-            plain = (MIN_ADVANTAGE if sequences > 1 else 1.0) * self._plain_rate(lengths)
-            # The noise of several sequences is the square root of their number.
-            now.drafting.add((tokens - all_s * plain) / math.sqrt(sequences))
+        # The noise of several sequences is the square root of their number.
+        gained = (tokens - all_s * self._rate_to_beat(lengths)) / math.sqrt(sequences)
+        (now.drafting if drafted else now.copying).add(gained)
 
     def _sizes(self, most: int) -> NDArray[np.int64]:
         """Return the sizes that the best part of a tree with `most` nodes may have."""
         return np.append(self.costs.sizes[self.costs.sizes < most], most)
 
-    def _plain_rate(self, lengths: Sequence[int]) -> float:
-        """Return the tokens per second of plain decoding, which is always possible."""
+    def _rate_to_beat(self, lengths: Sequence[int]) -> float:
+        """Return the tokens per second that drafts must beat, because plain decoding has them."""
         sequences = len(lengths)
-        return sequences / float(self.costs.predict([sequences], [sum(lengths)], sequences)[0])
+        plain_s = float(self.costs.predict([sequences], [sum(lengths)], sequences)[0])
+        return (MIN_ADVANTAGE if sequences > 1 else 1.0) * sequences / plain_s
 
     def _rate(self, lengths: Sequence[int]) -> float:
-        """Return the tokens per second of decoding lately, or of plain decoding if it is faster."""
-        return max(self._plain_rate(lengths), self.pace(len(lengths)).rate.per_s)
+        """Return the tokens per second of decoding lately, or the rate to beat if it is higher."""
+        return max(self._rate_to_beat(lengths), self.pace(len(lengths)).rate.per_s)
 
 
 def _drafted_depth(tree: DraftTree) -> int:

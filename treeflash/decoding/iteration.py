@@ -18,7 +18,6 @@ through all of the steps in one iteration, and each iteration emits a `Step` for
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -220,8 +219,9 @@ class Iteration:
     def _draft(self) -> None:
         """Draft for the sequences that ask for it, unless it does not pay."""
         waiting = self._pending(Draft)
-        adaptive = Counter(x.config.method for x in waiting if x.config.is_adaptive)
-        pays = {method: self.budget(method).begin(count) for method, count in adaptive.items()}
+        count = len(waiting) + len(self._pending(Verify))  # all of them wait for the pass
+        adaptive = dict.fromkeys(x.config.method for x in waiting if x.config.is_adaptive)
+        pays = {method: self.budget(method).begin(count) for method in adaptive}
         drafting = []
         proposals: dict[RunningSequence, SuffixTree] = {}
 
@@ -229,8 +229,8 @@ class Iteration:
             """Return the nodes of a tree that takes no draft; 0 if none is wanted."""
             if not config.is_adaptive:
                 return int(config.budget)
-            budget, count = self.budget(config.method), adaptive[config.method]
-            return 0 if budget.times_plain(count) else budget.nodes_to_copy(count)
+            budget = self.budget(config.method)
+            return budget.nodes_to_copy(count) if budget.copies(count) else 0
 
         def runs_drafter(sequence: RunningSequence, proposal: SuffixTree | None) -> bool:
             config = sequence.config
@@ -241,7 +241,7 @@ class Iteration:
             if proposal is None:
                 return True
             tree = tree_of(proposal, sequence.expect(Draft).root, len(proposal))
-            budget, count = self.budget(config.method), adaptive[config.method]
+            budget = self.budget(config.method)
             return not budget.prefers_copy(tree, sequence.state.length, count)
 
         for sequence in waiting:
@@ -267,7 +267,7 @@ class Iteration:
             The third number is the depth that the tree is likely to reach; None for any.
             """
             if config.is_adaptive:
-                budget, count = self.budget(config.method), adaptive[config.method]
+                budget = self.budget(config.method)
                 sizes = budget.expected_nodes(count), budget.nodes_to_build(count)
                 drafter = self.backend.drafter_config
                 if drafter is not None and not drafter.has_marginals:

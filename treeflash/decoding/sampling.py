@@ -142,9 +142,10 @@ def only(tokens: NDArray[np.int32], vocab_size: int) -> NDArray[np.uint32]:
     return allowed
 
 
-def shared_sampling(params: SamplingParams) -> SamplingConfig:
+@lru_cache(maxsize=256)  # every pass asks for each sequence, and a new configuration checks itself
+def shared_sampling(sampling: SamplingConfig) -> SamplingConfig:
     """Return the configuration with seed 0: sequences with equal ones can be sampled together."""
-    return replace(params.sampling, seed=0)
+    return replace(sampling, seed=0)
 
 
 TARGET_NOT_FINITE = (

@@ -12,6 +12,7 @@ from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding.adaptive_budget import (
     MIN_ADVANTAGE,
     MIN_PLAIN,
+    PLAIN_EVERY,
     SMALLEST,
     Acceptance,
     AdaptiveBudget,
@@ -376,8 +377,46 @@ class TestBatches:
                 observe(budget, [chain(0.5)] * 4, 1, 0.9, 0.1)
             else:
                 observe(budget, [DraftTree.root_only(0)] * 4, 1, plain_s * (slow_first, 1)[i > 0])
-        assert (sum(drafts) == 60 - MIN_PLAIN) == drafted
+        assert (sum(drafts) == 60 - MIN_PLAIN - 60 // PLAIN_EVERY) == drafted
         assert sum(drafts) < 30 or drafted
+
+    def test_copies_of_several_texts_pause_while_they_lose(self):
+        """One text alone goes on: its own copies tell it how good they are."""
+        for sequences, goes_on in ((1, True), (4, False)):
+            budget, copies = AdaptiveBudget(costs(0.1)), []
+            for _ in range(200):
+                budget.begin(sequences)
+                copies.append(budget.copies(sequences))
+                tree = copied(4) if copies[-1] else DraftTree.root_only(0)
+                observe(budget, [tree] * sequences, 1)
+            assert all(copies) == goes_on
+            assert goes_on or 0 < sum(copies) < 30
+
+    def test_copies_of_several_texts_go_on_while_they_win(self):
+        budget, copies = AdaptiveBudget(costs(0.01)), []
+        for _ in range(200):
+            budget.begin(4)
+            copies.append(budget.copies(4))
+            observe(budget, [copied(4) if copies[-1] else DraftTree.root_only(0)] * 4, 2)
+        assert sum(copies) == 200 - MIN_PLAIN - 200 // PLAIN_EVERY
+
+    def test_a_wrong_time_of_plain_decoding_does_not_stay_while_all_passes_have_copies(self):
+        """Plain passes took four times as long at first, so copies seemed to win."""
+        budget, copies = AdaptiveBudget(costs(0.1)), []
+        for number in range(200):
+            budget.begin(4)
+            copies.append(budget.copies(4))
+            tree = copied(4) if copies[-1] else DraftTree.root_only(0)
+            observe(budget, [tree] * 4, 1, verify_s=(4.0 if number < 3 else 1.0) + 0.3 * len(tree))
+        assert sum(copies[: PLAIN_EVERY - 2]) > 20
+        assert sum(copies[100:]) < 10
+
+    def test_the_time_of_a_tree_is_more_than_the_time_of_its_pass(self):
+        """Trees of copies are pruned, and several paths are committed."""
+        budget = AdaptiveBudget(costs(0.0))
+        seconds = {"verify": 1.0, "tree": 0.5, "commit": 0.5}
+        budget.observe([copied(4)], [path(2)], [LENGTH], seconds)
+        assert budget.costs.predict([2], [2 * LENGTH])[0] == pytest.approx(2.0)
 
     @pytest.mark.parametrize("sequences", [1, 4])
     def test_the_balance_is_in_units_of_its_noise(self, sequences):

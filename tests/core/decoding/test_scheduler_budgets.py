@@ -8,7 +8,7 @@ from recordings import recording
 
 from treeflash.config import METHODS, LoadConfig
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
-from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
+from treeflash.decoding.adaptive_budget import MIN_PLAIN, AdaptiveBudget, AdaptiveBudgets
 from treeflash.decoding.suffix import SuffixDrafter
 from treeflash.decoding.transitions import Calibration
 from treeflash.decoding.verify_costs import SIZES, VerifyCosts
@@ -119,6 +119,26 @@ def test_copies_are_looked_for_in_pauses_but_not_while_plain_decoding_is_timed()
         for calls in (3, 6):
             scheduler.step()
             assert len(sought) == calls
+        scheduler.budgets.by_method["ddtree"].pace(3).copying.left = 10
+        scheduler.step()
+        assert len(sought) == calls  # copies have a pause of their own
+
+
+def test_a_sequence_that_drafts_nothing_counts_as_one_of_the_pass():
+    """Only one token may follow in the second text, so no draft is of use to it."""
+    asked = []
+
+    class Asked(WatchedBudget):
+        def begin(self, sequences=1):
+            asked.append(sequences)
+            return super().begin(sequences)
+
+    scheduler = adaptive(scripted(SCRIPT), budget=Asked())
+    submit(scheduler, budget="auto")
+    submit(scheduler, budget="auto", max_tokens=2)
+    scheduler.step()
+    scheduler.step()
+    assert asked == [2]
 
 
 @pytest.mark.parametrize("batch", [2, 3])
@@ -198,8 +218,8 @@ def test_trees_of_fixed_budgets_count_as_rows_of_the_pass():
     scheduler = adaptive(scripted(SCRIPT), budget=budget)
     submit(scheduler, budget="auto")
     submit(scheduler, budget=4)
-    scheduler.step()
-    scheduler.step()
+    for _ in range(2 + MIN_PLAIN):
+        scheduler.step()
     assert budget.rows == [4]
 
 
