@@ -272,6 +272,15 @@ SINGLE = "is for a single prompt"
 
 BUDGETS = "--budgets takes numbers of 1 or more separated by commas, not"
 
+
+def unwritable(option: str) -> list[tuple[str, str]]:
+    """Return values of an option whose folder cannot be made, and what is said about them."""
+    return [
+        (f"{option} rows.jsonl", "rows.jsonl cannot be written: Not a directory"),
+        (f"{option} rows.jsonl/new/run", "new/run cannot be written: Not a directory"),
+    ]
+
+
 COMMANDS: dict[str, list[tuple[str, str]]] = {
     "generate": [
         ("--budget 0 hi", "budget must be auto, or from 1 to 1024 nodes, got 0"),
@@ -302,6 +311,8 @@ COMMANDS: dict[str, list[tuple[str, str]]] = {
         (f"--chat-template-args {DEEP} hi", "invalid JSON"),
         ("--chat-template-args [] hi", "must be a JSON object"),
         ("--raw --system x hi", "raw"),
+        ("--system a\udcff hi", "the system message is not valid Unicode"),
+        ("a\udcff", "the prompt is not valid Unicode; was it saved as UTF-8?"),
         ("--prompts rows.jsonl", "--output"),
         ("--logit-bias {x} hi", "invalid JSON"),
         ("--logit-bias '{\"x\":1}' hi", "must be numbers by token id"),
@@ -366,19 +377,13 @@ COMMANDS: dict[str, list[tuple[str, str]]] = {
         ("--prompts rows.jsonl rows.jsonl", "'rows' is taken"),
         ("--prompts mean.jsonl", "'mean' is taken"),
     ],
-    # A folder that cannot be made, or written, is not found out after the load.
-    **{
-        command: [
-            (f"{arguments} rows.jsonl", "rows.jsonl cannot be written: Not a directory"),
-            (f"{arguments} rows.jsonl/new/run", "new/run cannot be written: Not a directory"),
-        ]
-        for command, arguments in (
-            ("serve", "--prefix-cache-dir"),
-            ("chat", "--prefix-cache-dir"),
-            ("train", "--responses rows.jsonl --output"),
-            ("adapt", "--prompts rows.jsonl --output"),
-        )
-    },
+    "serve": [
+        *unwritable("--prefix-cache-dir"),
+        ("--system a\udcff", "the system message is not valid Unicode"),
+    ],
+    "chat": unwritable("--prefix-cache-dir"),
+    "train": unwritable("--responses rows.jsonl --output"),
+    "adapt": unwritable("--prompts rows.jsonl --output"),
     "distill": [
         ("--prompts rows.jsonl --output .", ". cannot be written"),
         ("--prompts rows.jsonl --output no/out.jsonl", "no/out.jsonl cannot be written"),

@@ -26,6 +26,7 @@ from treeflash.language_model import LanguageModel
 from treeflash.text.images import read_images
 from treeflash.text.options import Options
 from treeflash.text.prompt import Prompt, with_images
+from treeflash.text.tokenizer import check_unicode
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("images need the chat template; remove --raw")
     sample = IMAGE_PROMPT if args.image else SAMPLE_PROMPT
     text = read_prompt(args.prompt, args.prompt_file, console, sample)
+    check_unicode(text, "the prompt")
     prompt: Prompt = text
     if args.image:
         images = read_images(args.image)  # a file that is not an image is refused before loading

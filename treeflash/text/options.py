@@ -15,7 +15,7 @@ from treeflash.config import Budget, DecodeConfig, HeadRows, Method, Penalties, 
 from treeflash.errors import ConfigError, PromptError
 from treeflash.option import Option, check, did_you_mean, option, options_of, parse_json_object
 from treeflash.text.input_file import read_text
-from treeflash.text.tokenizer import check_template_args
+from treeflash.text.tokenizer import check_template_args, check_unicode
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 MAX_IMAGES = 16
@@ -117,6 +117,8 @@ class TextConfig:
                 "a raw prompt does not use the chat template; remove either raw, or the system "
                 "message and the template arguments"
             )
+        if self.system is not None:
+            check_unicode(self.system, "the system message")
         if self.template_args:
             check_template_args(self.template_args)
 

@@ -71,7 +71,6 @@ def encode(
             raise ConfigError("messages need the chat template; remove raw, or give a string")
         check_messages(items)
         if system is not None:
-            check_unicode(system)
             if items[0]["role"] == "system":
                 raise PromptError("the messages begin with a system message; remove system")
             items.insert(0, {"role": "system", "content": system})

@@ -341,12 +341,12 @@ def _as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "content": parts}
 
 
-def check_unicode(text: str) -> None:
+def check_unicode(text: str, what: str = "the text") -> None:
     """Raise a PromptError for lone surrogates, which stand for bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise PromptError("the text is not valid Unicode; was it saved as UTF-8?") from None
+        raise PromptError(f"{what} is not valid Unicode; was it saved as UTF-8?") from None
 
 
 def check_template_args(names: Collection[str]) -> None:
