@@ -37,7 +37,7 @@ The rule, on a CPU:
   does (`pack_activations`).
 
 Everything else computes each row separately. On a GPU the Triton kernels keep the rule, with one
-more kernel for products (`use_kernel_for_products`). The underlying libraries guarantee none of
+more kernel for products (`gpu.exact_products`). The underlying libraries guarantee none of
 this, so `bound_products`, `check_products`, `check_activations`, `check_attention` and
 `treeflash.decoding.probe.check_exact` test it on each machine at load.
 """
@@ -58,7 +58,6 @@ from torch import Tensor, nn
 from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.probe import INEXACT
 from treeflash.errors import UnsupportedModelError
-from treeflash_cuda.gpu.kernel_loading import TOLERANCES, on_its_device
 from treeflash_cuda.linear import PackedLinear, PlainLinear, is_subclass, uses_fbgemm
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 
@@ -137,33 +136,6 @@ def bound_products(
         undo.callback(setattr, owner, name, product)
         setattr(owner, name, bounded)
     return min(most.values())
-
-
-def use_kernel_for_products(model: nn.Module) -> None:
-    """Let a Triton kernel compute the linear layers of a loaded model; see `triton_kernels`.
-
-    Raises an UnsupportedModelError if a module computes products in another way, or the kernel's
-    results differ from PyTorch's, or a row's results in a prompt from its results in a tree.
-    """
-    from treeflash_cuda.gpu.triton_kernels import products
-
-    linear = on_its_device(products.linear)
-    random = torch.Generator().manual_seed(0)
-    for owner, name, _ in products_of(model):
-        weight, bias = owner.weight, owner.bias
-        x = torch.randn(CHECKED_TOKENS, weight.shape[1], generator=random).to(weight)
-        actual, expected = linear(x, weight, bias), F.linear(x, weight, bias).float()
-        difference = float((actual.float() - expected).square().mean().sqrt() / expected.std())
-        if not difference <= TOLERANCES[weight.dtype]:
-            raise UnsupportedModelError(
-                f"{INEXACT}: the results of the kernel for products differ by {difference:.2%}"
-            )
-        of_prompt = linear(x.repeat(CHECKED_REPEATS, 1), weight, bias)
-        if not torch.equal(of_prompt[:CHECKED_TOKENS], actual):
-            raise UnsupportedModelError(
-                f"{INEXACT}: products of many rows have other bits than products of few"
-            )
-        setattr(owner, name, partial(linear, weight=weight, bias=bias))
 
 
 def products_of(model: nn.Module) -> Iterator[tuple[Any, str, tuple[int, int]]]:
@@ -260,10 +232,6 @@ def _depends_on_place(module: nn.Module, dtype: torch.dtype) -> bool:
     return any(not torch.equal(x, expected[-len(x) :]) for x in (strided, *shifted))
 
 
-CHECKED_TOKENS = 4
-"""Rows on which the kernel for products is compared with PyTorch."""
-CHECKED_REPEATS = 64
-"""Times that these rows make a prompt, for which the kernel has other programs."""
 CHECKED_ROWS = (*range(1, 18), 24, 31, 32, 33, 48, 63, 64)
 MORE_CHECKED_ROWS = (96, 128, 255, 256, 512)
 """Rows of prompts and of batches."""

@@ -290,6 +290,7 @@ def test_a_kernel_that_is_wrong_or_whose_prompts_have_other_bits_is_refused(
     monkeypatch, factor, of_prompts, message
 ):
     require("triton")
+    from treeflash_cuda.gpu.exact_products import use_kernel_for_products
     from treeflash_cuda.gpu.triton_kernels import products
 
     devices = []
@@ -302,7 +303,7 @@ def test_a_kernel_that_is_wrong_or_whose_prompts_have_other_bits_is_refused(
     stand_in(monkeypatch, products, linear=row_by_row)
     refused = pytest.raises(UnsupportedModelError, match=message) if message else nullcontext()
     with refused:
-        exact.use_kernel_for_products(nn.Sequential(nn.Linear(16, 8)))
+        use_kernel_for_products(nn.Sequential(nn.Linear(16, 8)))
     assert devices, "Triton launches kernels on the current device"
 
 
@@ -315,6 +316,7 @@ def test_kernels_are_exact(tmp_path, monkeypatch, case, layers):
     """What a GPU runs in exact mode passes the check at load, in Triton's interpreter."""
     require("triton")
     import triton_interpreter  # noqa: F401 - repairs it
+    from treeflash_cuda.gpu import exact_products
     from treeflash_cuda.gpu.triton_kernels import attention as kernels_of_attention
     from treeflash_cuda.gpu.triton_kernels import layers
 
@@ -326,7 +328,8 @@ def test_kernels_are_exact(tmp_path, monkeypatch, case, layers):
     # The interpreter is slow: trees cross the end of a smaller tile, after a shorter prompt.
     stand_in(monkeypatch, kernels_of_attention, MAX_TILE=16)
     stand_in(monkeypatch, probe, EXACT_PREFIX=12, EXACT_NODES=8)
-    stand_in(monkeypatch, exact, CHECKED_ROWS=(1, 2, 17), CHECKED_REPEATS=17)
+    stand_in(monkeypatch, exact, CHECKED_ROWS=(1, 2, 17))
+    stand_in(monkeypatch, exact_products, CHECKED_REPEATS=17)
     operations, dtype, message = {
         "kernels": (kernels, "bfloat16", None),
         "PyTorch": (Operations(), "float32", r"exact mode is not possible .* changes its logits"),

@@ -27,7 +27,8 @@ from treeflash_cuda.decoder.operations import DecoderOperations, GroupedLinear, 
 from treeflash_cuda.decoder.recurrences import SequenceRecurrences
 from treeflash_cuda.decoder.target import DecoderTarget, read_decoder
 from treeflash_cuda.decoder.weights import Checkpoint
-from treeflash_cuda.exact import check_products, use_kernel_for_products
+from treeflash_cuda.exact import check_products
+from treeflash_cuda.gpu.exact_products import use_kernel_for_products
 from treeflash_cuda.gpu.graphs import MAX_ROWS
 from treeflash_cuda.gpu.prompt_attention import CausalAttention
 from treeflash_cuda.gpu.row_pass import RowInputs, RowTarget, path_room, plan_rows, rows_of, slab_of

@@ -54,9 +54,9 @@ from treeflash_cuda.exact import (
     check_products,
     pack_activations,
     token_rows,
-    use_kernel_for_products,
 )
 from treeflash_cuda.exact_attention import check_attention
+from treeflash_cuda.gpu.exact_products import use_kernel_for_products
 from treeflash_cuda.gpu.state_arena import StateArena
 from treeflash_cuda.hf.attention_contexts import (
     IMPLEMENTATION,
