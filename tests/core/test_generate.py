@@ -45,6 +45,15 @@ def test_the_text_goes_to_stdout_and_one_summary_to_stderr(use, run, scripted):
     assert err.count("block efficiency") == 1
 
 
+@pytest.mark.parametrize("options", [[], ["--n", "2"], ["--explain"]])
+def test_a_text_is_complete_if_nobody_reads_the_notes(use, run, scripted, options):
+    use(scripted(TEXT))
+    with failing(sys.stderr, "write", BrokenPipeError):
+        code, out, _ = run("hi", *options)
+    assert code == 0
+    assert out == run("hi", *options)[1]
+
+
 def test_a_summary_counts_captured_graphs(use, run, scripted):
     model = scripted(TEXT)
     use(model)

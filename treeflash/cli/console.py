@@ -128,9 +128,21 @@ def _fail(message: str, status: int = EXIT_BAD_INPUT) -> int:
     return status
 
 
+class NotesConsole(Console):
+    """A console that becomes quiet when its reader is gone.
+
+    rich would end the command, and drop the rest of standard output, whose reader may be there.
+    """
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 def plain_console(*, soft_wrap: bool = True, quiet: bool = False) -> Console:
     """Create a console on standard error that prints texts as they are, with brackets in names."""
-    return Console(stderr=True, markup=False, highlight=False, soft_wrap=soft_wrap, quiet=quiet)
+    return NotesConsole(
+        stderr=True, markup=False, highlight=False, soft_wrap=soft_wrap, quiet=quiet
+    )
 
 
 def progress(console: Console, *more: ProgressColumn) -> Progress:
