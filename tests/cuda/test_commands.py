@@ -112,7 +112,7 @@ def test_a_drafter_gains_and_its_card_says_how_much(run, tmp_path):
     assert "After 24 of 24 steps" in card
 
     with (  # a finished run is only reported
-        failing(adapt.Evaluation, "run", KeyboardInterrupt),
+        failing(adapt.cli, "load_model", KeyboardInterrupt),
         failing(loop, "load_target", KeyboardInterrupt),
     ):
         assert run("--steps", "24")[1] == table

@@ -291,10 +291,10 @@ def is_from_chosen(record: Record, args: argparse.Namespace) -> bool:
     """Return whether a record is from the models that were chosen, the backend and the dtype."""
     name = model_name(Path(args.target or DEFAULT_TARGET)).rpartition("/")[2].lower()
     adapter = getattr(args, "adapter", None)
+    # The backend `cuda` has the name `cpu` on a CPU.
+    backend = "cpu" if (args.backend, args.device) == ("cuda", "cpu") else args.backend
     chosen = {"adapter": adapter and Path(adapter).name}
-    for key in ("backend", "dtype"):
-        if (value := getattr(args, key)) is not None:
-            chosen[key] = value
+    chosen |= {k: x for k, x in (("backend", backend), ("dtype", args.dtype)) if x is not None}
     target = str(record.get("target")).rpartition("/")[2].lower()
     return target == name and all(record.get(key) == value for key, value in chosen.items())
 

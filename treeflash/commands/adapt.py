@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.filesize import decimal
 
 from treeflash.cli import options as cli
 from treeflash.cli.console import Parser, guarded, plain_console
+from treeflash.cli.prompt_batch import is_from_chosen
 from treeflash.config import AUTO, LoadConfig, check_writable, write_whole
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, stored_tensors
@@ -29,6 +31,7 @@ from treeflash.hub.published import model_name
 from treeflash.interruption import EXIT_INTERRUPTED
 from treeflash.language_model import LanguageModel
 from treeflash.registry import available
+from treeflash.text.output_file import OutputFile
 from treeflash.text.prompt import Row, read_rows
 from treeflash.text.tokenizer import Tokenizer
 from treeflash.training.config import (
@@ -41,6 +44,8 @@ from treeflash.training.config import (
 from treeflash.training.distillation import (
     Distillation,
     DistillConfig,
+    count_responses,
+    is_finished,
     mix,
     read_responses,
     response_file,
@@ -108,17 +113,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     answers_file = args.output / "answers.jsonl"
     try:
+        tokenizer = Tokenizer.from_folder(target)
         with response_file(answers_file) as file:
-            model = cli.load_model(args, drafter=str(base))
-            if args.device is None:  # later loads choose the same device without a warning
-                args.device = model.backend.device
-            distillation = Distillation(model, distill, file, answered)
-            distillation.check()
-            before = _measure(args, base, measured, distill, console, model)
-            distillation.run(console)
-            console.print(distillation.report())
-            del model, distillation
-        responses = read_responses(answers_file, Tokenizer.from_folder(target))
+            chosen = partial(is_from_chosen, args=args)
+            if is_finished(file, answered, distill, chosen, lambda: tokenizer):
+                console.print(count_responses(file, answered))
+                before = _measure(args, base, measured, distill, console)
+            else:
+                before = _answer(args, base, measured, distill, console, file, answered)
+        responses = read_responses(answers_file, tokenizer)
         # The named device is one of the backend that answers; PyTorch's may be missing.
         own = {} if trains else {"backend": None, "device": None}
         device = argparse.Namespace(**{**vars(args), **own})
@@ -262,6 +265,27 @@ def _new_head(drafter: DrafterConfig, target: Path, config: TrainConfig) -> int:
     settings = read_config(target)
     vocab = {**settings, **settings.get("text_config", {})}["vocab_size"]
     return sum(math.prod(shape) for shape in HEADS[name].shapes(changed, vocab, size).values())
+
+
+def _answer(
+    args: argparse.Namespace,
+    base: Path,
+    measured: Sequence[Row],
+    distill: DistillConfig,
+    console: Console,
+    file: OutputFile,
+    answered: Sequence[Row],
+) -> dict[str, Any]:
+    """Let the target answer the prompts to train on; return the drafter's measurement before."""
+    model = cli.load_model(args, drafter=str(base))
+    if args.device is None:  # later loads choose the same device without a warning
+        args.device = model.backend.device
+    distillation = Distillation(model, distill, file, answered)
+    distillation.check()
+    before = _measure(args, base, measured, distill, console, model)
+    distillation.run(console)
+    console.print(distillation.report())
+    return before
 
 
 def _measure(
