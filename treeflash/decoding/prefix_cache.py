@@ -1,4 +1,4 @@
-"""The prefix cache: states of finished sequences, kept for prompts with the same beginning.
+"""The prefix cache: states of sequences that ended, kept for prompts with the same beginning.
 
 `disk_cache` is its second tier, which survives the process.
 """
