@@ -25,6 +25,7 @@ from treeflash.training.distillation import (
     mix,
     response_file,
     self_prompts,
+    stored_self_prompts,
 )
 
 
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = DistillConfig(**given_options(args, DistillConfig))
     rows = _rows(args, config.seed)
     with response_file(args.output) as file:  # before the model is loaded
+        prompts = args.output.with_suffix(".prompts.jsonl")  # of --self-prompt
+        if args.self_prompt:
+            rows = stored_self_prompts(prompts, args.self_prompt)
         chosen, tokenizer = partial(is_from_chosen, args=args), partial(_tokenizer, args.target)
         if rows and is_finished(file, rows, config, chosen, tokenizer):
             console.print(count_responses(file, rows))
@@ -48,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 distillation.rows = self_prompts(
                     model,
                     args.self_prompt,
-                    args.output.with_suffix(".prompts.jsonl"),
+                    prompts,
                     console,
                     parallel=config.parallel,
                     seed=config.seed,

@@ -231,12 +231,11 @@ def self_prompts(
     except PromptError as error:
         raise PromptError(f"{error}; use --prompts instead") from None
     settings = provenance(model)
-    names = [f"self-{n}" for n in range(count)]
-    with OutputFile(path, _is_self_prompt, key=("id",)) as file:
+    with _self_prompt_file(path) as file:
         for record in file.records.values():
             number = int(record["id"].removeprefix("self-"))
             file.check_settings(record, {**settings, "seed": seed + number})
-        missing = [n for n, name in enumerate(names) if (name,) not in file.records]
+        missing = [n for n in range(count) if (f"self-{n}",) not in file.records]
         samplings = [SamplingConfig(temperature=PROMPT_TEMPERATURE, seed=seed + n) for n in missing]
         requests = [_request(model, header, x, MAX_PROMPT_TOKENS) for x in samplings]
         file.resume()
@@ -246,14 +245,31 @@ def self_prompts(
                 bar.advance(task)
                 if text := model.tokenizer.decode(tokens).strip():
                     n = missing[index]
-                    file.append({"id": names[n], "prompt": text, **settings, "seed": seed + n})
-    records = [file.records[name,] for name in names if (name,) in file.records]
-    if not records:
+                    file.append({"id": f"self-{n}", "prompt": text, **settings, "seed": seed + n})
+    if not (rows := _self_prompted(file, count)):
         raise ConfigError("the target generated only empty prompts; use --prompts instead")
+    return rows
+
+
+def stored_self_prompts(path: Path, count: int) -> list[Row]:
+    """Return the prompts of an earlier run of `self_prompts`; none if some are missing."""
+    if not path.exists():
+        return []
+    with _self_prompt_file(path) as file:
+        rows = _self_prompted(file, count)
+    return rows if len(rows) == count else []
+
+
+def _self_prompted(file: OutputFile, count: int) -> list[Row]:
+    """Return the first `count` prompts that the target generated, without those it left empty."""
     return [
         Row(id=record["id"], turns=(({"role": "user", "content": record["prompt"]},),))
-        for record in records
+        for record in file.select((f"self-{n}",) for n in range(count))
     ]
+
+
+def _self_prompt_file(path: Path) -> OutputFile:
+    return OutputFile(path, _is_self_prompt, key=("id",))
 
 
 def _is_self_prompt(record: Record) -> bool:

@@ -323,6 +323,22 @@ def test_the_target_generates_the_prompts_it_answers(distill, echo, tmp_path, by
     assert distill(model, "--self-prompt", "2")[0] == 0, "fewer prompts need no more"
 
 
+def test_a_finished_run_of_own_prompts_loads_no_model(output, tiny_pair, capsys, request):
+    model = ["--target", str(tiny_pair[0]), "--backend", "reference", "--max-tokens", "3"]
+
+    def run(count):
+        return command.main(["--self-prompt", str(count), "--output", str(output), *model])
+
+    assert run(2) == 0
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "2 of 2 prompts answered" in told
+    request.getfixturevalue("nothing_loads")
+    assert run(2) == 0
+    assert capsys.readouterr().err == f"{told}\n"
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        run(3)
+
+
 def test_a_target_that_writes_no_prompt_is_an_error(distill, scripted, monkeypatch):
     model = scripted("", " ", drafter=False)
     code, error = distill(model, "--self-prompt", "2")
