@@ -51,7 +51,7 @@ class Comparison:
     """Systems that decode the same groups of prompts in turn.
 
     Args:
-        whole: whether times and tokens include the prefill, as those of several prompts must.
+        whole: whether times and tokens include the prefill; several prompts at once need that.
 
     Attributes:
         cases: the cases that still run.

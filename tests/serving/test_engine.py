@@ -48,6 +48,7 @@ def test_loading_fails():
     ("settings", "says"),
     [
         ({"prefix_cache_dir": "new", "prefix_cache_gb": 0}, "raise prefix_cache_gb"),
+        ({"prefix_cache_dir": "new", "max_memory_gb": 1e-10}, "raise max_memory_gb"),
         ({"prefix_cache_dir": "file"}, "file cannot be written: Not a directory"),
         ({"prefix_cache_dir": ""}, "must be the path of a folder, got ''"),
         ({"prefix_cache_dir": 7}, "must be the path of a folder, got 7"),

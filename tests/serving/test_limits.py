@@ -138,7 +138,7 @@ def test_an_answer_that_stopped_holds_no_slot(serve, method, answers):
 
 @pytest.mark.parametrize("method", ["ar", "treeflash"])
 def test_an_answer_that_stopped_is_kept_for_the_next_prompt(serve, model, method):
-    """The next prompt begins with it, as after an answer that ended by itself."""
+    """The next prompt begins with the interrupted answer, as it does with a finished one."""
     server = serve()
     text = model.generate("A story.", raw=True, temperature=0, max_tokens=40).text
     whole = server.complete("A story.", **FOREVER, method=method, stop=text[10:13])

@@ -407,7 +407,10 @@ class AdaptiveBudget:
         return np.append(self.costs.sizes[self.costs.sizes < most], most)
 
     def _rate_to_beat(self, lengths: Sequence[int]) -> float:
-        """Return the tokens per second that drafts must beat, because plain decoding has them."""
+        """Return the tokens per second that drafts and copies must beat: plain decoding's.
+
+        In a batch it is higher by `MIN_ADVANTAGE`.
+        """
         sequences = len(lengths)
         plain_s = float(self.costs.predict([sequences], [sum(lengths)], sequences)[0])
         return (MIN_ADVANTAGE if sequences > 1 else 1.0) * sequences / plain_s

@@ -28,7 +28,7 @@ from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.scheduler_thread import Mailbox, SchedulerThread
 from treeflash.decoding.suffix import SuffixCache
 from treeflash.decoding.turns import Turns
-from treeflash.errors import is_device_lost, is_out_of_memory
+from treeflash.errors import ConfigError, is_device_lost, is_out_of_memory
 from treeflash.language_model import LanguageModel
 from treeflash.serving.acceptance import AcceptanceMonitor
 from treeflash.serving.errors import (
@@ -367,7 +367,9 @@ class Engine:
                 seconds = self._clock() - started
                 logger.info("%d passes prepared in %.1f s", prepared, seconds)
         disk = None
-        if settings.prefix_cache_dir is not None and cache_bytes:
+        if settings.prefix_cache_dir is not None:
+            if not cache_bytes:
+                raise ConfigError("prefix_cache_dir needs a prefix cache; raise max_memory_gb")
             disk_bytes = int(settings.prefix_cache_disk_gb * GIB)
             disk = self._model.disk_cache(Path(settings.prefix_cache_dir), disk_bytes)
         cache = PrefixCache(cache_bytes, disk) if cache_bytes else None
