@@ -120,6 +120,7 @@ def test_budgets_of_sets_that_were_measured_are_kept(module, sets, pair_options,
     assert json.loads(file.read_text())["rows"][0]["plain"] != 1.5
 
 
+# Seconds, for every section of a page that is measured seldom.
 @pytest.mark.nightly
 def test_the_page_is_measured_and_written(module, sets, pair_options, tmp_path):
     performance = module("performance")

@@ -143,6 +143,7 @@ def test_an_output_head_of_its_own_that_has_no_whole_groups_stays_as_it_is(tmp_p
     assert backend.weights_read["a draft reads"].total() == sum(x.nbytes for x in weights)
 
 
+# The default pair, three times; the tests above compare rounded weights with whole ones.
 @pytest.mark.nightly
 def test_the_bundled_drafter_accepts_nearly_as_many_tokens(smollm2):
     prompt = Tokenizer.from_folder(smollm2).chat(

@@ -88,6 +88,7 @@ def test_trees_are_those_of_one_sequence_after_another(folders, monkeypatch, seq
     assert static.target.graphs.captured["the target"] > 1
 
 
+# The others have the layers of these two and of the pairs above in other orders.
 @pytest.mark.parametrize(
     "name", [*TYPES, *(pytest.param(x, marks=pytest.mark.nightly) for x in OTHERS)]
 )

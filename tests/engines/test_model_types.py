@@ -154,6 +154,8 @@ def test_drafted_text_is_the_frameworks_own(engine, tmp_path, name):
     check_texts(engine.load(target, drafter), {GREEDY: expected}, ["treeflash"], [64])
 
 
+# Seconds for each, to train a drafter. `test_trees_of_recurrent_layers_are_plain_texts` compares
+# logits, from which texts follow but for errors that grow over hundreds of tokens.
 @pytest.mark.nightly
 @each(("name",), **HYBRIDS)
 def test_long_drafted_texts_are_plain_ones(engine, tmp_path, name):

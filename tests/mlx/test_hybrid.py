@@ -164,6 +164,7 @@ BROKEN = {
     ("name", "settings"),
     [
         ("qwen3_5", {"num_hidden_layers": 2}),
+        # Its passes take longer. The functions that are broken run in both types.
         pytest.param("granitemoehybrid", {}, marks=pytest.mark.nightly),
     ],
 )

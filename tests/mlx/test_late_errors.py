@@ -186,6 +186,7 @@ def test_a_late_error_leaves_no_wrong_text(backend, plain, place):
     assert sum(check(backend, plain, seed) for seed in seeds) > 0
 
 
+# Two hundred random places; the test above has three of each kind.
 @pytest.mark.nightly
 @pytest.mark.parametrize("tens", range(20))
 def test_random_late_errors_leave_no_wrong_text(backend, plain, tens):

@@ -191,6 +191,7 @@ def replay(client, session, turns):
         assert disk == 0
 
 
+# Minutes, for prompts of 60,000 tokens; the tests below have the same events in short sessions.
 @pytest.mark.nightly
 @pytest.mark.usefixtures("own_cache")
 def test_a_session_of_full_size(fast_model, tmp_path):

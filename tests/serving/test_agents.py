@@ -98,6 +98,7 @@ def run_agent(packages, folder, command, codex_config):
     return done.stdout, work
 
 
+# npm installs the packages. The tests without them send requests that they sent.
 @pytest.mark.nightly
 @pytest.mark.parametrize("task", ["Say hello.", "Make a file."])
 @pytest.mark.parametrize("agent", ["codex", "claude"])

@@ -19,6 +19,7 @@ from treeflash.text.images import read_image
 from treeflash.text.tokenizer import Tokenizer
 
 sync_api = pytest.importorskip("playwright.sync_api")
+# Chromium is needed; `test_page.py` has the page's files and their policy.
 pytestmark = pytest.mark.nightly
 
 TOKENS, QUESTION = 12, "?"

@@ -131,6 +131,7 @@ def llm(url, folder, *args):
     return done.stdout.rstrip("\n")
 
 
+# A process for each question. It wraps the client of Ollama.
 @pytest.mark.nightly
 def test_llm(several, pairs, tmp_path):
     few = ("-o", "num_predict", str(TOKENS), "--hide-reasoning")

@@ -99,6 +99,7 @@ def test_random_requests_while_memory_holds_two_models(serve_models, loads, alon
     assert loads.living() <= 2
 
 
+# Half a minute, for the weights of a real model; the test above has more loads of small ones.
 @pytest.mark.nightly
 def test_random_requests_with_the_default_pair(pairs, smollm2, alone):
     pytest.importorskip("treeflash_cuda")

@@ -314,6 +314,7 @@ def replica_pids():
     return {pid for pid, name in names.items() if name.startswith(REPLICA)}
 
 
+# Ray is needed, which starts processes. `PrefixIndex` and the relay are tested above without it.
 @pytest.mark.nightly
 def test_the_same_beginning_goes_to_the_same_replica(url):
     long = "The Rhine flows from the Alps to the North Sea, and many towns lie on it. " * 8

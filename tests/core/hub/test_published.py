@@ -180,6 +180,7 @@ def test_every_listed_format_is_one_of_the_golden_formats():
     assert {*map(listed_format, DRAFTERS)} <= {expected["format"] for expected in golden}
 
 
+# The model hub, and what its authors change there.
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", [x for x in DRAFTERS if x != BUNDLED_DRAFTER])
 def test_a_published_drafter_has_the_listed_format(name):
