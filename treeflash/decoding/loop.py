@@ -43,7 +43,13 @@ from treeflash.decoding.sampling import (
     SamplingParams,
     only,
 )
-from treeflash.decoding.suffix import SuffixDrafter, SuffixIndex, SuffixTree, tree_of
+from treeflash.decoding.suffix import (
+    SEPARATOR,
+    SuffixDrafter,
+    SuffixIndex,
+    SuffixTree,
+    tree_of,
+)
 from treeflash.decoding.transitions import Calibration, TransitionTable
 from treeflash.decoding.tree import DraftTree, accept, build_chain, build_tree
 
@@ -176,7 +182,6 @@ def decode_loop(
     if constraint is not None:
         # A complete text allows nothing but these, which would be repeated up to the limit.
         stops |= constraint.end_tokens
-    penalties = PenaltyState(config.penalties, prompt_ids)
     # A chain is the same at every exponent. Under a constraint the target's tokens are not those
     # that a calibration could learn from.
     calibrated = (
@@ -185,6 +190,8 @@ def decode_loop(
     calibration = Calibration(vocab_size) if calibrated else None
     text = prompt_ids if request.images is None else request.images.as_text(prompt_ids)
     suffix = SuffixDrafter(text, shared) if config.copies else None
+    # A placeholder of an image is no text, and may be outside of the vocabulary.
+    penalties = PenaltyState(config.penalties, [token for token in text if token != SEPARATOR])
 
     def params(tree: DraftTree, emitted: int, allowed: NDArray[np.uint32] | None) -> SamplingParams:
         """Return how to sample at the nodes of a tree whose root is the newest emitted token."""

@@ -19,9 +19,10 @@ from fake_models import (
     scripted,
 )
 
-from treeflash.config import METHODS, SamplingConfig
+from treeflash.config import METHODS, Penalties, SamplingConfig
 from treeflash.decoding import Request, check, decode
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
+from treeflash.decoding.images import Image, PromptImages
 from treeflash.decoding.sampling import position_keys
 from treeflash.decoding.transitions import TransitionTable
 from treeflash.decoding.verify_costs import VerifyCosts
@@ -323,3 +324,15 @@ class TestSampling:
                 expected = position_keys(sampling.seed, positions)
                 np.testing.assert_array_equal(noise.keys, expected)
                 assert noise.scales.tolist() == [np.float32(sampling.temperature)] * 3
+
+    def test_penalties_leave_the_placeholders_of_images_alone(self):
+        """They are no text, and the vocabulary need not have them."""
+        backend = scripted(SCRIPT)
+        backend.images = Mock()
+        outside = backend.vocab_size
+        prompt = [*PROMPT[:2], outside, outside, *PROMPT[2:]]
+        images = PromptImages([Image(2, 4, {})], np.array(prompt) == outside)
+        config = config_of(max_tokens=4, penalties=Penalties(repetition=1.5))
+        request = Request(prompt_ids=prompt, config=config, images=images)
+        steps = list(decode(backend, request))
+        assert tokens_of(steps) == SCRIPT[6:10]
