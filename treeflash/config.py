@@ -41,7 +41,7 @@ AUTO_BYTES = 4 << 30
 """Device memory for the KV caches of these sequences; `auto` decodes fewer if they need more."""
 AUTO: Literal["auto"] = "auto"
 SEEDS = 1 << 64
-"""Number of seeds; answers after the last seed's have the first ones."""
+"""Number of seeds; 0 follows the last one."""
 GIB = 1 << 30
 """Bytes of a gibibyte."""
 DTYPES = ("float32", "bfloat16", "float16")
@@ -51,6 +51,11 @@ memory."""
 SINK = 4
 """First positions that a drafter with a window still sees: they are where attention puts surplus
 weight (StreamingLLM, arXiv 2309.17453)."""
+
+
+def later_seed(seed: int, n: int) -> int:
+    """Return the seed that is `n` seeds after one, which may be a number of NumPy."""
+    return (int(seed) + n) % SEEDS
 
 
 def cache_folder() -> Path:

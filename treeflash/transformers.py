@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 from treeflash.config import (
     AUTO,
-    SEEDS,
     Budget,
     DecodeConfig,
     LoadConfig,
@@ -28,6 +27,7 @@ from treeflash.config import (
     Penalties,
     SamplingConfig,
     cache_folder,
+    later_seed,
 )
 from treeflash.decoding import Request, Scheduler, SchedulerConfig, Step, best_method
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
@@ -125,7 +125,7 @@ def generate(
                 budget=budget,
                 max_tokens=rows.max_tokens,
                 stop_token_ids=rows.stop_token_ids,
-                sampling=SamplingConfig(**sampling, seed=(seed + number) % SEEDS),
+                sampling=SamplingConfig(**sampling, seed=later_seed(seed, number)),
                 penalties=penalties,
             ),
             tag=number,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from treeflash.config import AUTO, AUTO_BYTES, AUTO_SEQUENCES, SEEDS, DecodeConfig, Parallel
+from treeflash.config import AUTO, AUTO_BYTES, AUTO_SEQUENCES, DecodeConfig, Parallel, later_seed
 from treeflash.decoding import PromptProgress, Request, Scheduler, SchedulerConfig
 from treeflash.decoding.adaptive_budget import AdaptiveBudgets
 from treeflash.decoding.images import PromptImages
@@ -82,7 +82,7 @@ class Assembler:
         The prompt is scored once for all of them.
         """
         config, sampling = self.config, self.config.sampling
-        seeds = [(sampling.seed + i) % SEEDS for i in range(1, count)]
+        seeds = [later_seed(sampling.seed, i) for i in range(1, count)]
         configs = [replace(config, sampling=replace(sampling, seed=seed)) for seed in seeds]
         return [self, *(replace(self, config=each, scores_prompt=False) for each in configs)]
 

@@ -16,7 +16,7 @@ from rich.progress import TextColumn
 
 from treeflash.cli.console import progress
 from treeflash.cli.prompt_batch import provenance
-from treeflash.config import DecodeConfig, SamplingConfig
+from treeflash.config import DecodeConfig, SamplingConfig, later_seed
 from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import Backend
 from treeflash.errors import ConfigError, PromptError
@@ -155,7 +155,8 @@ class DistillConfig:
 
     def sampling(self, n: int) -> SamplingConfig:
         temperature = self.temperature[n % len(self.temperature)]
-        return SamplingConfig(temperature=temperature, top_p=self.top_p, seed=self.seed + n)
+        seed = later_seed(self.seed, n)
+        return SamplingConfig(temperature=temperature, top_p=self.top_p, seed=seed)
 
     @property
     def settings(self) -> Record:
@@ -234,9 +235,10 @@ def self_prompts(
     with _self_prompt_file(path) as file:
         for record in file.records.values():
             number = int(record["id"].removeprefix("self-"))
-            file.check_settings(record, {**settings, "seed": seed + number})
+            file.check_settings(record, {**settings, "seed": later_seed(seed, number)})
         missing = [n for n in range(count) if (f"self-{n}",) not in file.records]
-        samplings = [SamplingConfig(temperature=PROMPT_TEMPERATURE, seed=seed + n) for n in missing]
+        seeds = [later_seed(seed, n) for n in missing]
+        samplings = [SamplingConfig(temperature=PROMPT_TEMPERATURE, seed=x) for x in seeds]
         requests = [_request(model, header, x, MAX_PROMPT_TOKENS) for x in samplings]
         file.resume()
         with progress(console) as bar:
@@ -244,8 +246,8 @@ def self_prompts(
             for index, tokens in respond(model.backend, requests, parallel):
                 bar.advance(task)
                 if text := model.tokenizer.decode(tokens).strip():
-                    n = missing[index]
-                    file.append({"id": f"self-{n}", "prompt": text, **settings, "seed": seed + n})
+                    record = {"id": f"self-{missing[index]}", "prompt": text}
+                    file.append({**record, **settings, "seed": seeds[index]})
     if not (rows := _self_prompted(file, count)):
         raise ConfigError("the target generated only empty prompts; use --prompts instead")
     return rows

@@ -103,8 +103,9 @@ def test_mean():
     assert mean([]) == 0
 
 
-def test_answers_to_a_prompt_differ_in_their_seeds():
-    config = DecodeConfig(sampling=SamplingConfig(seed=SEEDS - 1))
+@pytest.mark.parametrize("seed", [SEEDS - 1, np.uint64(SEEDS - 1)])
+def test_answers_to_a_prompt_differ_in_their_seeds(seed):
+    config = DecodeConfig(sampling=SamplingConfig(seed=seed))
     first = Assembler(BACKEND, LETTERS, (1, 2), config, ("a",), scores_prompt=True)
     answers = first.answers(3)
     assert [x.config.sampling.seed for x in answers] == [SEEDS - 1, 0, 1]

@@ -12,7 +12,7 @@ from failures import failing
 from recordings import recording
 
 from treeflash.commands import distill as command
-from treeflash.config import SamplingConfig
+from treeflash.config import SEEDS, SamplingConfig
 from treeflash.decoding.interfaces import Prefill
 from treeflash.errors import ConfigError, PromptError
 from treeflash.text.output_file import OutputFile
@@ -119,14 +119,23 @@ def samplings(works):
     return [item.params.sampling for item in items if item.params is not None]
 
 
-def test_temperatures_alternate_and_every_row_has_its_own_seed(distill, prompts, echo):
-    model, options = echo(), ["--temperature", "0", "0.8", "--top-p", "0.7", "--seed", "5"]
+@pytest.mark.parametrize("seeds", [(5, 6, 7), (SEEDS - 2, SEEDS - 1, 0)])
+def test_temperatures_alternate_and_every_row_has_its_own_seed(seeds, distill, prompts, echo):
+    model, options = echo(), ["--temperature", "0", "0.8", "--top-p", "0.7", "--seed", seeds[0]]
     with recording(model.backend, "run_one") as works:
-        distill(model, *prompts(["a"], ["b"], ["c"]), *options)
+        code, error = distill(model, *prompts(["a"], ["b"], ["c"]), *options)
+    assert code == 0, error
     assert samplings(works) == [
         SamplingConfig(temperature=temperature, top_p=0.7, seed=seed)
-        for temperature, seed in ((0.0, 5), (0.8, 6), (0.0, 7))
+        for temperature, seed in zip((0.0, 0.8, 0.0), seeds, strict=True)
     ]
+
+
+def test_prompts_of_the_target_have_seeds_after_the_largest(distill, echo, tmp_path):
+    code, error = distill(echo(), "--self-prompt", "2", "--seed", SEEDS - 1)
+    assert code == 0, error
+    seeds = {line["id"]: line["seed"] for line in lines(tmp_path / "out.prompts.jsonl")}
+    assert seeds == {"self-0": SEEDS - 1, "self-1": 0}
 
 
 def test_an_interrupted_run_resumes(distill, prompts, output, echo):
