@@ -127,7 +127,8 @@ def measure(
             numbers.append(number)
     if not numbers:
         raise PromptError(
-            "the target's answers are too short to score a drafter; use other prompts"
+            "the target's answers are too short to score a drafter; raise --max-tokens, or use "
+            "other prompts"
         )
     scores = {name: TokenScores(*np.stack(blocks, 1)) for name, blocks in rows.items()}
     return DrafterScores(texts=np.array(numbers), **scores)

@@ -1,10 +1,12 @@
 """What the documentation names exists."""
 
 import re
+import shlex
 from configparser import ConfigParser
 from contextlib import redirect_stdout, suppress
 from fnmatch import fnmatch
 from functools import cache
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 
@@ -95,6 +97,20 @@ def options_of(command):
         for module in (package, *(f"{package}.{name}" for name in re.findall(r"\w+", names))):
             options |= options_of(module)
     return options
+
+
+@EVERY_PAGE
+def test_the_command_lines_of_pages_are_accepted(page):
+    """All that they lack are the files and models that they name."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    for line in re.findall(
+        r"^(?:.*&& |\S*/)?treeflash (.*)", "\n".join(blocks), flags=re.MULTILINE
+    ):
+        command, *words = shlex.split(line, comments=True)
+        parser = import_module(f"treeflash.commands.{command}").make_parser()
+        own = words[: words.index("--")] if "--" in words else words
+        parser.parse_args(own)
 
 
 @EVERY_PAGE

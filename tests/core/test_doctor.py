@@ -197,7 +197,7 @@ def test_a_backend_that_cannot_tell_about_its_device_says_so(capsys):
     ("args", "message"),
     [
         (["--max-tokens", "0"], "max_tokens must be 1 or more, got 0"),
-        (["--max-tokens", "1"], "too short to score a drafter"),
+        (["--max-tokens", "1"], "too short to score a drafter; raise --max-tokens"),
         (["--raw", "--thinking"], "not allowed with argument --raw"),
         (["--prompts", "nowhere"], "nowhere cannot be read"),
         (["--drafter", "nowhere/at/all"], "is not a folder"),

@@ -370,6 +370,7 @@ COMMANDS: dict[str, list[tuple[str, str]]] = {
                 ("--output .", ". cannot be written: Is a directory"),
                 ("--output rows.jsonl", "is a file of prompts"),
                 ("--report out.pdf", "--report writes FILE.html or FILE.png"),
+                ("--output a.html --report ./a.html", "--output and --report are both a.html"),
                 ("--nonsense", "unrecognized arguments: --nonsense"),
             )
         ),
@@ -388,7 +389,29 @@ COMMANDS: dict[str, list[tuple[str, str]]] = {
         ("--prompts rows.jsonl --output .", ". cannot be written"),
         ("--prompts rows.jsonl --output no/out.jsonl", "no/out.jsonl cannot be written"),
     ],
-    "drafters": [("''", "the name of the target is empty")],
+    "drafters": [
+        *((f"'{name}'", f"'{name}' is not a folder") for name in ("", "./nowhere", "a model")),
+        ("rows.jsonl", "rows.jsonl is a file; pass a folder"),
+    ],
+    "models": [
+        ("--api-key-file rows.jsonl", "--api-key-file is for a running server; add --server"),
+        ("--download a --server", "argument --server: not allowed with argument --download"),
+        *(
+            (f"rm a {option}", "rm deletes models of this machine; remove --server or --download")
+            for option in ("--server", "--download b")
+        ),
+        *(
+            (f"--server '{url}'", f"'{url}' is not the address of a server, such as http://")
+            for url in (
+                "",
+                "localhost:8000",
+                "file:///etc",
+                "http://",
+                "http://[",
+                "http://a:99999",
+            )
+        ),
+    ],
 }
 """By command, arguments that are refused before a model is loaded, and the message about them."""
 

@@ -12,9 +12,9 @@ from rich.filesize import decimal
 from treeflash.cli.console import Parser, guarded, print_columns
 from treeflash.decoding.families import family_of
 from treeflash.drafters.folder import read_config
-from treeflash.errors import CheckpointError, ConfigError
+from treeflash.errors import CheckpointError
 from treeflash.hub.cached import CachedModel, cached_models
-from treeflash.hub.models import DraftSource, draft_sources
+from treeflash.hub.models import DraftSource, check_target_name, draft_sources
 from treeflash.hub.published import KNOWN_TARGETS
 
 
@@ -22,8 +22,8 @@ from treeflash.hub.published import KNOWN_TARGETS
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, list what can draft, and return the exit status."""
     args = make_parser().parse(argv)
-    if args.target == "":
-        raise ConfigError("the name of the target is empty; give a folder or a hub id")
+    if args.target is not None:
+        check_target_name(args.target)
     # The first of a name is what the commands load; the file that it was made from comes later.
     cached = {model.name.lower(): model for model in reversed(cached_models())}
     rows = {

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.filesize import decimal
 
@@ -32,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.action == "rm":
         if not args.names:
             raise ConfigError("rm needs the name of a model; `treeflash models` lists them")
+        if args.server is not None or args.download is not None:
+            raise ConfigError("rm deletes models of this machine; remove --server or --download")
         return _remove(args.names, ask=not args.yes)
+    if args.api_key_file is not None and args.server is None:
+        raise ConfigError("--api-key-file is for a running server; add --server")
     if args.server is not None:
         return _list_served(args.server, args.api_key_file, as_json=args.json)
     models = cached_models() if args.download is None else _download(args.download)
@@ -51,13 +56,14 @@ def make_parser() -> Parser:
         "models",
         "List the models on this machine, download models ahead of use, and remove models.",
     )
-    parser.add_argument(
+    sources = parser.add_mutually_exclusive_group()
+    sources.add_argument(
         "--download",
         metavar="ID",
         help=f"download this drafter, or this target and its published drafter ({DEFAULT_TARGET} "
         "is the default target)",
     )
-    parser.add_argument(
+    sources.add_argument(
         "--server",
         nargs="?",
         const=DEFAULT_SERVER,
@@ -82,6 +88,8 @@ def make_parser() -> Parser:
 
 def _list_served(url: str, key_file: Path | None, *, as_json: bool) -> int:
     """Print the models of a running server."""
+    if not _is_address(url):
+        raise ConfigError(f"{url!r} is not the address of a server, such as {DEFAULT_SERVER}")
     keys = [] if key_file is None else read_text(key_file).split()
     advice = "give the address of a server of treeflash"
     key = (keys or ["-"])[0]
@@ -104,6 +112,14 @@ def _list_served(url: str, key_file: Path | None, *, as_json: bool) -> int:
             for row in rows
         )
     return 0
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _remove(names: Sequence[str], *, ask: bool) -> int:

@@ -25,7 +25,7 @@ from treeflash.evaluation.run import BEST, METRICS, SOURCES
 
 
 def check_files(json_file: Path | None, report: Path | None, prompts: Iterable[Path]) -> None:
-    """Raise a ConfigError if a file cannot be written, or is one of the prompt files."""
+    """Raise a ConfigError if a file cannot be written, or would replace another one of the run."""
     inputs = {path.resolve() for path in prompts}
     for path in (json_file, report):
         if path is None:
@@ -35,6 +35,8 @@ def check_files(json_file: Path | None, report: Path | None, prompts: Iterable[P
             raise ConfigError(f"{path} is a file of prompts; choose another file")
     if report is not None:
         check_report(report)
+        if json_file is not None and json_file.resolve() == report.resolve():
+            raise ConfigError(f"--output and --report are both {report}; choose another file")
 
 
 def check_report(path: Path) -> None:

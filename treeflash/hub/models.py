@@ -125,7 +125,7 @@ def draft_sources(target: str | None) -> list[DraftSource]:
     sources = [
         DraftSource(
             name=drafter.name,
-            kind=next((x for part, x in KINDS.items() if part in drafter.name), "block drafter"),
+            kind=_kind(drafter.name),
             option="the default" if number == 0 else f"--drafter {drafter.name}",
             drafter=drafter,
         )
@@ -147,6 +147,21 @@ def draft_sources(target: str | None) -> list[DraftSource]:
         sources.append(DraftSource(name=SELF, kind=kind, option=option))
     option = "--method suffix" if sources else "the default"
     return [*sources, DraftSource(name="suffix", kind="copies of the text", option=option)]
+
+
+def _kind(name: str) -> str:
+    """Return what kind of drafter a published one is, by its name."""
+    return next((kind for part, kind in KINDS.items() if part in name.lower()), "block drafter")
+
+
+def check_target_name(name: str) -> None:
+    """Raise a CheckpointError if a target's name is neither a folder, a GGUF file nor a hub id."""
+    path = expand_home(name)
+    if name and path.exists():
+        if path.is_file() and _gguf_file(path) is None:
+            raise CheckpointError(f"{name} {_wrong_format(path)}")
+    elif HUB_ID.fullmatch(name) is None:
+        raise CheckpointError(_no_folder(name))
 
 
 def resolve_drafter(drafter: str | None, target: str | None) -> Path:
@@ -248,7 +263,7 @@ def _resolve(name: str, *, packed: bool = False) -> Path:
     if name.lower().endswith(".gguf"):
         raise CheckpointError(f"{name}: no such file")
     if (hub_id := HUB_ID.fullmatch(name)) is None:
-        raise CheckpointError(f"{name!r} is not a folder; pass an existing folder or a hub id")
+        raise CheckpointError(_no_folder(name))
     repository, quantisation = hub_id.groups()
     if not quantisation and (local := find_local(repository)) is not None:
         return local
@@ -267,6 +282,10 @@ def _resolve(name: str, *, packed: bool = False) -> Path:
     if not has_weights(fetched):
         raise CheckpointError(f"{name} has no *.safetensors; pass another model")
     return fetched
+
+
+def _no_folder(name: str) -> str:
+    return f"{name!r} is not a folder; pass an existing folder or a hub id"
 
 
 def _wrong_format(path: Path) -> str | None:

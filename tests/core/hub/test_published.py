@@ -101,6 +101,8 @@ def test_what_kind_of_drafter_a_target_has():
     kinds = [source.kind for source in models.draft_sources("google/gemma-4-31B-it")]
     assert kinds == [*["block drafter"] * 4, "assistant", "EAGLE-3 head", "copies of the text"]
     assert models.draft_sources("meta-llama/Llama-3.3-70B-Instruct")[0].kind == "EAGLE-3 head"
+    *_, lmsys, _ = models.draft_sources("openai/gpt-oss-120b")
+    assert (lmsys.name, lmsys.kind) == ("lmsys/EAGLE3-gpt-oss-120b-bf16", "EAGLE-3 head")
     assert [source.name for source in models.draft_sources(None)] == [BUNDLED_DRAFTER, "suffix"]
 
 
