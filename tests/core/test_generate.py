@@ -124,6 +124,7 @@ def test_n_answers_have_different_seeds(run, pair_options):
     assert len({answer["text"] for answer in answers}) == 3
     assert json.loads(run("hi", *options, "--json")[1])["text"] == answers[0]["text"]
     _, out, err = run("hi", *options, "--n", "2")
+    assert re.search("^answers .* 2/2 ", err, re.MULTILINE), "the progress"
     assert "answer 2 of 2, seed 8:" in err
     assert answers[1]["text"].strip() in out
     _, _, err = run("hi", *options[:-1], str(2**64 - 1), "--n", "2")

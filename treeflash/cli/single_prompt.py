@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from treeflash.cli.console import LONG_PROMPT, reading
+from treeflash.cli.console import LONG_PROMPT, progress, reading
 from treeflash.config import AUTO, SEEDS, Parallel, SamplingConfig
 from treeflash.decoding import interfaces
 from treeflash.decoding.loop import Step
@@ -361,8 +361,10 @@ def run_answers(
     answers: list[Generation] = []
     code = 0
     try:
-        for _, answer in model.generate_many([prompt], n=n, parallel=parallel or AUTO, **options):
-            answers.append(answer)
+        found = model.generate_many([prompt], n=n, parallel=parallel or AUTO, **options)
+        with progress(console) as bar:
+            for _, answer in bar.track(found, total=n, description="answers"):
+                answers.append(answer)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     finally:
