@@ -161,7 +161,7 @@ def test_layers_of_our_own_import_no_model_of_transformers(tmp_path):
 @pytest.mark.nightly
 def test_another_target_imports_the_models_of_transformers(tmp_path):
     """The names above are still names of what transformers imports."""
-    found = modules_of_generate("qwen3_5", tmp_path, "float32")
+    found = modules_of_generate("granitemoehybrid", tmp_path, "float32")
     assert MODELS - {"accelerate", "torchvision"} <= found  # these two may not be installed
 
 
