@@ -69,10 +69,11 @@ def test_operations(document, fuzzed, caplog, mode):
     assert fuzzed.engine.unfinished == 0
 
 
-SECONDS = int(os.environ.get("TREEFLASH_LOAD_SECONDS", "600"))
+SECONDS = int(os.environ.get("TREEFLASH_LOAD_SECONDS", "120"))
 """Seconds under load."""
 
 
+# Minutes, with the default pair; `test_models.py` has clients that ask at once of small ones.
 @pytest.mark.nightly
 def test_the_default_pair_under_load():
     command = [sys.executable, "-m", "benchmarks.serving.load", "--seconds", str(SECONDS)]
