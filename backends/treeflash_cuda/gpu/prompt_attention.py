@@ -20,9 +20,9 @@ from treeflash_cuda.gpu.kernel_loading import RandomInputs
 from treeflash_cuda.operations import Shapes, tree_attention
 from treeflash_cuda.visible_keys import PAGE, RowPlan, VisibleKeys
 
-TOLERANCE = 0.01
-"""Root mean square error of a kernel's outputs in standard deviations. Fused kernels round the
-softmax to the dtype before they multiply it by the values: an error of 0.002 in bfloat16."""
+TOLERANCE = 0.015
+"""Root mean square error of a row of a kernel's outputs in standard deviations. Fused kernels round
+the softmax to the dtype before they multiply it by the values: an error of 0.004 in bfloat16."""
 MIN_CAPABILITY = 8, 0
 """FlashAttention needs an Ampere GPU."""
 
@@ -94,9 +94,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale:
 def attention_difference(
     attend: CausalAttention, device: torch.device, dtype: torch.dtype, shapes: Shapes
 ) -> float:
-    """Return the largest root mean square error of attention to random numbers, for some windows.
+    """Return the largest root mean square error of a row, in standard deviations.
 
-    It is in standard deviations.
+    Rows attend to random numbers, with and without a window. A mean over all rows would hide an
+    error in a few of them.
     """
     numbers, columns, rows, size = RandomInputs(device, dtype), 600, 40, shapes.head_dim
     k, v = numbers.draw(2, shapes.kv_heads, columns, size).transpose(1, 2)  # strided as in a cache
@@ -105,5 +106,6 @@ def attention_difference(
     for window in (None, 100):
         actual = attend(q, k, v, window, scale).float()
         expected = causal_attention(q, k, v, window, scale).float()
-        errors.append((actual - expected).square().mean().sqrt() / expected.std())
+        row_errors = (actual - expected).square().mean((1, 2)).sqrt()
+        errors.append(row_errors.max() / expected.std())
     return float(torch.stack(errors).max())
