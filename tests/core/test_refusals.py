@@ -381,6 +381,11 @@ COMMANDS: dict[str, list[tuple[str, str]]] = {
     "serve": [
         *unwritable("--prefix-cache-dir"),
         ("--system a\udcff", "the system message is not valid Unicode"),
+        ("--model-name ' '", "argument --model-name: a name is empty; remove it"),
+        *(
+            (f"--cors-origin '{origin}'", f"such as https://example.com, got '{origin}'")
+            for origin in ("", "example.com", "localhost:3000", "https://example.com/")
+        ),
     ],
     "chat": unwritable("--prefix-cache-dir"),
     "train": unwritable("--responses rows.jsonl --output"),

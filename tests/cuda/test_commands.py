@@ -137,6 +137,7 @@ def test_what_cannot_be_adapted_is_one_line(run, target, tmp_path):
         (["--measured", "0"], "measured must be 1 or more, got 0"),
         (["--max-tokens", "1"], "max_tokens must be 2 or more"),
         (["--output", str(tmp_path / "treeflash")], "has the drafter itself; give another"),
+        (["--output", str(target)], "has the target itself; give another"),
     ):
         code, _, error = run(*options)
         assert (code, error.count("\n"), message in error) == (2, 1, True)

@@ -100,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     trains = args.backend is None or args.backend in available(TRAINER_ENTRY_POINTS)
     train = trainer(args.backend if trains else None).train
     target = resolve_target(args.target)
+    if args.output.resolve() == target.resolve():
+        raise ConfigError(f"{args.output} has the target itself; give another --output")
     rows = mix([read_rows(path) for path in args.prompts], [1.0] * len(args.prompts), None, 0)
     measured, answered = divide_prompts(rows, args.measured)
     answers = sum(len(row.turns) for row in answered)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ MAX_MEMORY_GB = 4
 MAX_BODY_MB, MAX_IMAGES_BODY_MB = 8, 32
 ANSWER_TOKENS = 2048
 """New tokens of an answer if nobody sets a limit, also in `treeflash chat`."""
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#]+")
+"""What browsers send as an origin: pages', and extensions'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +164,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     add("--host", "address to listen on", "127.0.0.1")
     add("--port", "port to listen on; 0 chooses a free one", 8000, type=_port)
     help = "name of the model for clients; may be repeated (default: the target's name)"
-    add("--model-name", help, action="append", metavar="NAME")
+    add("--model-name", help, action="append", type=_model_name, metavar="NAME")
     levels = ("error", "warning", "info", "debug")
     add("--log-level", "least severe level to log", "info", choices=levels)
     for limit in options_of(Settings).values():
@@ -170,7 +174,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     help = "file with one API key per line; every request must then have one of them"
     add("--api-key-file", help, type=Path, metavar="FILE")
     help = "origin whose web pages may use the server, or * for every origin; may be repeated"
-    add("--cors-origin", help, action="append", metavar="ORIGIN")
+    add("--cors-origin", help, action="append", type=_origin, metavar="ORIGIN")
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
@@ -194,3 +198,17 @@ def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"must be a port from 0 to 65535, got {text}")
     return int(text)
+
+
+def _model_name(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a name is empty; remove it")
+    return text
+
+
+def _origin(text: str) -> str:
+    if text not in ("*", "null") and not ORIGIN.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            f"must be * or an origin without a path, such as https://example.com, got {text!r}"
+        )
+    return text
