@@ -321,7 +321,7 @@ def test_transformers_is_not_measured_with_random_weights(module, options):
 ROOT = Path(__file__).parents[2]
 
 
-# Seconds, for a whole report, and a page that changes seldom.
+# A minute, for a whole report, and a page that changes seldom.
 @pytest.mark.nightly
 def test_the_notebook_compares_plots_and_writes_a_report(tmp_path, monkeypatch):
     require("matplotlib")
