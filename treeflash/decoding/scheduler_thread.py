@@ -113,6 +113,13 @@ class SchedulerThread(threading.Thread):
     def run(self) -> None:
         """Make the scheduler, then run commands and iterations until the thread is to end."""
         try:
+            self._run()
+        finally:  # an error ended it: the next command needs another thread
+            with self._ending:
+                self._ended = True
+
+    def _run(self) -> None:
+        try:
             scheduler = self._make()
         except BaseException as error:
             self.made.set_exception(error)

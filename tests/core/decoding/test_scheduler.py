@@ -452,6 +452,32 @@ def test_an_error_of_the_receiver_ends_the_sequences_and_not_the_thread():
     assert all(state.closed for state in backend.states)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("fails", ["make", "close"])
+def test_a_thread_that_an_error_ended_takes_no_command(fails):
+    """Who gave it one would wait for ever."""
+    backend = scripted(SCRIPT)
+
+    def make():
+        if fails == "make":
+            raise MemoryError
+        return Scheduler(backend)
+
+    def receive(events):
+        raise ValueError("no such token")
+
+    errors = queue.SimpleQueue()
+    thread = SchedulerThread(make, receive, errors.put, stays=True)
+    with failing(Scheduler, "close", MemoryError):
+        thread.start()
+        if fails == "close":
+            scheduler = thread.made.result()
+            assert thread.call(lambda: submit(scheduler, PROMPT))
+            assert isinstance(errors.get(timeout=60), ValueError)
+        thread.join(60)
+    assert not thread.call(lambda: None)
+
+
 def test_one_thread_at_a_time_in_order():
     turns, order, inside = Turns(), [], []
 
