@@ -100,9 +100,8 @@ class ChatSession:
     color: bool = False
     disk: DiskCache | None = None
     messages: list[Message] = field(default_factory=list)
-    images: list[str] = field(
-        default_factory=list
-    )  # images before the next message, as `data:` URLs
+    # images before the next message, as `data:` URLs
+    images: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)  # texts before the next message
     answer: Assembler | None = None
     interrupted: Event = field(default_factory=Event)  # set by Ctrl-C since the last input
@@ -329,11 +328,11 @@ class ChatSession:
             check_messages(messages)
         except (ValueError, TypeError, KeyError, RecursionError):
             messages = []
-        if not messages:
-            raise ConfigError(f"{name} is not a conversation that /save wrote")
         options: dict[str, Any] = {key: x for key, x in self.options.items() if key != "system"}
-        if messages[0]["role"] == "system":
+        if messages and messages[0]["role"] == "system":
             options["system"] = messages.pop(0)["content"]
+        if not messages or not isinstance(options.get("system", ""), str):
+            raise ConfigError(f"{name} is not a conversation that /save wrote")
         self.options = cast(Options, options)
         self.messages = [{"role": x["role"], "content": x["content"]} for x in messages]
         self._note(f"{len(messages)} messages; the next one continues the conversation")

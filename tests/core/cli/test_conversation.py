@@ -192,7 +192,10 @@ def test_a_saved_conversation_is_loaded(talk, scripted, tmp_path):
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"messages": []}', '{"messages": [{"role": "user"}]}',
-             '{"messages": [{"role": "user", "content": 3}]}', '{"messages": 5}', "[" * 100_000],
+             '{"messages": [{"role": "user", "content": 3}]}', '{"messages": 5}', "[" * 100_000,
+             '{"messages": [{"role": "system", "content": "Be."}]}',
+             '{"messages": [{"role": "system", "content": [{"type": "text", "text": "Be."}]}, '
+             '{"role": "user", "content": "hi"}]}'],
 )  # fmt: skip
 def test_what_is_no_conversation_is_not_loaded(talk, tmp_path, text):
     file = tmp_path / "other.json"
