@@ -27,7 +27,7 @@ from treeflash.diagnosis import (
 from treeflash.drafters.folder import open_folder, read_config
 from treeflash.drafters.loading import find_head_format
 from treeflash.hub.models import draft_sources
-from treeflash.language_model import LanguageModel
+from treeflash.language_model import LanguageModel, LocatedPair
 from treeflash.registry import default_backend, drafter_replacer, examine_device
 from treeflash.text.prompt import Message, Prompting, read_rows
 from treeflash.text.tokenizer import Tokenizer
@@ -67,26 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pair = locate_model(args)
     sources = [source.name for source in draft_sources(args.target)]
     args.target = str(pair.target)  # a hub id would be resolved at every load
-    costs: list[str] = []
-    replacers: list[Callable[[Path], Backend] | None] = []
-
-    def load(drafter: Path | None) -> LanguageModel:
-        located = pair if drafter == pair.drafter else locate_model(args, drafter=str(drafter))
-        # A drafter that was chosen and fails is an error, as one that was named.
-        model = replace(located, automatic=drafter is None).load()
-        if not costs:  # the pair has them, which is loaded first
-            key, kept = model_key(pair.target), cache_folder() / "costs"
-            costs.append(cost_file(model.backend, key, model.loaded, kept).describe())
-            replacers.append(drafter_replacer(pair.loader, model.backend))
-        if args.device_map is None:
-            args.device = model.backend.device  # where others are loaded without a warning
-        return model
-
-    def draft_with(drafter: Path) -> Backend:
-        """Load a drafter; its target is loaded once, if the backend can go on using it."""
-        replace_drafter = replacers[0] if replacers and not args.draft_window else None
-        return load(drafter).backend if replace_drafter is None else replace_drafter(drafter)
-
+    loader = PairLoader(pair, args)
     console = plain_console(soft_wrap=False)
     with console.status("loading the pair") as status:
 
@@ -105,14 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         target_config = read_config(pair.target)
         if pair.drafter is None:
-            model = load(None)
+            model = loader.load(None)
             left = NO_DRAFTER[model.best_method]
             diagnosis = diagnose_target(model.backend, target_config, left)
         elif find_head_format(open_folder(pair.drafter)) is not None:
-            diagnosis = diagnose_target(load(pair.drafter).backend, target_config, MTP_HEAD)
+            diagnosis = diagnose_target(loader.load(pair.drafter).backend, target_config, MTP_HEAD)
         else:
             diagnosis = diagnose(
-                draft_with,
+                loader.draft_with,
                 pair.drafter,
                 Tokenizer.from_folder(pair.target),
                 prompts,
@@ -123,13 +104,46 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report=report,
                 begin=begin,
             )
-    console.print(f"costs: {costs[0]}", soft_wrap=True)
+    console.print(f"costs: {loader.costs}", soft_wrap=True)
     if args.json:
-        print(json.dumps({**diagnosis.to_dict(), "costs": costs[0], "drafters": sources}))
+        print(json.dumps({**diagnosis.to_dict(), "costs": loader.costs, "drafters": sources}))
     else:
         lines = [line for line in _report(diagnosis) if line not in told]
         print(*lines, f"can draft, best first: {', '.join(sources)}", sep="\n")
     return 0 if diagnosis.ok else PROBLEM
+
+
+class PairLoader:
+    """Loads a target with one drafter after another, first with the one of the located pair.
+
+    Attributes:
+        costs: where the costs of forward passes come from; empty until a model is loaded.
+    """
+
+    def __init__(self, pair: LocatedPair, args: argparse.Namespace) -> None:
+        self.costs = ""
+        self._pair, self._args = pair, args
+        self._replace_drafter: Callable[[Path], Backend] | None = None
+
+    def load(self, drafter: Path | None) -> LanguageModel:
+        pair, args = self._pair, self._args
+        located = pair if drafter == pair.drafter else locate_model(args, drafter=str(drafter))
+        # A drafter that was chosen and fails is an error, as one that was named.
+        model = replace(located, automatic=drafter is None).load()
+        if not self.costs:
+            key, kept = model_key(pair.target), cache_folder() / "costs"
+            self.costs = cost_file(model.backend, key, model.loaded, kept).describe()
+            if not args.draft_window:
+                self._replace_drafter = drafter_replacer(pair.loader, model.backend)
+        if args.device_map is None:
+            args.device = model.backend.device  # where others are loaded without a warning
+        return model
+
+    def draft_with(self, drafter: Path) -> Backend:
+        """Load a drafter; its target is loaded once, if the backend can go on using it."""
+        if self._replace_drafter is None:
+            return self.load(drafter).backend
+        return self._replace_drafter(drafter)
 
 
 def _examine_device(args: argparse.Namespace) -> int:

@@ -18,8 +18,9 @@ through all of the steps in one iteration, and each iteration emits a `Step` for
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -220,91 +221,114 @@ class Iteration:
         """Draft for the sequences that ask for it, unless it does not pay."""
         waiting = self._pending(Draft)
         count = len(waiting) + len(self._pending(Verify))  # all of them wait for the pass
-        adaptive = dict.fromkeys(x.config.method for x in waiting if x.config.is_adaptive)
-        pays = {method: self.budget(method).begin(count) for method in adaptive}
-        drafting = []
-        proposals: dict[RunningSequence, SuffixTree] = {}
-
-        def free_nodes(config: DecodeConfig) -> int:
-            """Return the nodes of a tree that takes no draft; 0 if none is wanted."""
-            if not config.is_adaptive:
-                return int(config.budget)
-            budget = self.budget(config.method)
-            return budget.nodes_to_copy(count) if budget.copies(count) else 0
-
-        def runs_drafter(sequence: RunningSequence, proposal: SuffixTree | None) -> bool:
-            config = sequence.config
-            if not config.drafts or not config.is_adaptive:
-                return config.drafts
-            if not pays[config.method] or not sequence.back_off.begin():
-                return False
-            if proposal is None:
-                return True
-            tree = tree_of(proposal, sequence.expect(Draft).root, len(proposal))
-            budget = self.budget(config.method)
-            return not budget.prefers_copy(tree, sequence.state.length, count)
-
-        for sequence in waiting:
-            started = time.perf_counter()
-            work, nodes = sequence.expect(Draft), free_nodes(sequence.config)
-            proposal = None
-            if nodes and work.suffix is not None:
-                proposal = work.suffix.propose(nodes, work.depths)
-            runs = runs_drafter(sequence, proposal)
-            if proposal is not None:
-                sequence.add_time("tree", started)
-                proposals[sequence] = proposal
-            if runs:
-                drafting.append(sequence)
-            elif nodes and (proposal is not None or work.constrained):
-                sequence.resume(Drafted(None, nodes, proposal), "tree")
-            else:
-                sequence.resume(None)
-
-        def size_of(config: DecodeConfig) -> tuple[int, int, int | None]:
-            """Return the nodes of the tree that will be verified, and of the tree to build.
-
-            The third number is the depth that the tree is likely to reach; None for any.
-            """
-            if config.is_adaptive:
-                budget = self.budget(config.method)
-                sizes = budget.expected_nodes(count), budget.nodes_to_build(count)
-                drafter = self.backend.drafter_config
-                if drafter is not None and not drafter.has_marginals:
-                    lengths = [x.state.length for x in drafting if x.config.method == config.method]
-                    most = min(config.draft_depths or drafter.depths, drafter.depths)
-                    return *sizes, budget.passes_to_draft(most, lengths)
-                return *sizes, budget.depths_to_draft(count)
-            # The deepest node of n nodes ends a chain, at depth n - 1; the calibration also learns
-            # from the depth after it.
-            nodes = int(config.budget)
-            return nodes, nodes, nodes
-
-        def draft(sequences: list[RunningSequence]) -> list[Drafted]:
-            assert self.backend.drafter is not None
-            assert self.backend.drafter_config is not None
-            roots = [(sequence.state, sequence.expect(Draft).root) for sequence in sequences]
-            configs = [sequence.config for sequence in sequences]
-            expected, built, reached = zip(*map(size_of, configs), strict=True)
-            all_depths = self.backend.drafter_config.depths
-            depths = max(
-                min(likely or all_depths, config.draft_depths or all_depths, all_depths)
-                for likely, config in zip(reached, configs, strict=True)
-            )
-            blocks = self.backend.drafter.draft(roots, depths)
-            after_root = np.arange(1, depths + 1, dtype=np.int32)
-            positions = [sequence.state.length + after_root for sequence in sequences]
-            tables = propose(self.backend, blocks, configs, expected, positions)
-            copies = [proposals.get(sequence) for sequence in sequences]
-            return list(map(Drafted, tables, built, copies))
-
-        drafts = list(self._batch(drafting, "draft", draft))
+        drafting = self._choose_drafting(waiting, count)
+        run = partial(self._run_drafter, drafting=drafting, count=count)
+        drafts = list(self._batch(list(drafting), "draft", run))
         started = time.perf_counter()
         grown = self._grow(drafts)
         for sequence, _ in drafts:
             sequence.add_time("tree", started)
         for (sequence, drafted), made in zip(drafts, grown, strict=True):
             sequence.resume(replace(drafted, grown=made), "tree")
+
+    def _choose_drafting(
+        self, waiting: Sequence[RunningSequence], count: int
+    ) -> dict[RunningSequence, SuffixTree | None]:
+        """Return the sequences to draft for, with copies of the text if any are wanted.
+
+        The others go on with the copies alone.
+        """
+        adaptive = dict.fromkeys(x.config.method for x in waiting if x.config.is_adaptive)
+        pays = {method: self.budget(method).begin(count) for method in adaptive}
+        drafting: dict[RunningSequence, SuffixTree | None] = {}
+        for sequence in waiting:
+            started = time.perf_counter()
+            work, nodes = sequence.expect(Draft), self._nodes_to_copy(sequence.config, count)
+            proposal = None
+            if nodes and work.suffix is not None:
+                proposal = work.suffix.propose(nodes, work.depths)
+            drafts = self._runs_drafter(sequence, proposal, pays, count)
+            if proposal is not None:
+                sequence.add_time("tree", started)
+            if drafts:
+                drafting[sequence] = proposal
+            elif nodes and (proposal is not None or work.constrained):
+                sequence.resume(Drafted(None, nodes, proposal), "tree")
+            else:
+                sequence.resume(None)
+        return drafting
+
+    def _nodes_to_copy(self, config: DecodeConfig, count: int) -> int:
+        """Return the nodes of a tree of copies; 0 if no copies are wanted."""
+        if not config.is_adaptive:
+            return int(config.budget)
+        budget = self.budget(config.method)
+        return budget.nodes_to_copy(count) if budget.copies(count) else 0
+
+    def _runs_drafter(
+        self,
+        sequence: RunningSequence,
+        proposal: SuffixTree | None,
+        pays: Mapping[Method, bool],
+        count: int,
+    ) -> bool:
+        """Return whether to draft for a sequence; `pays` says it of each adaptive method."""
+        config = sequence.config
+        if not config.drafts or not config.is_adaptive:
+            return config.drafts
+        if not pays[config.method] or not sequence.back_off.begin():
+            return False
+        if proposal is None:
+            return True
+        tree = tree_of(proposal, sequence.expect(Draft).root, len(proposal))
+        budget = self.budget(config.method)
+        return not budget.prefers_copy(tree, sequence.state.length, count)
+
+    def _run_drafter(
+        self,
+        sequences: Sequence[RunningSequence],
+        *,
+        drafting: Mapping[RunningSequence, SuffixTree | None],
+        count: int,
+    ) -> list[Drafted]:
+        """Draft for some of the sequences of `drafting`, in one batched call."""
+        assert self.backend.drafter is not None
+        assert self.backend.drafter_config is not None
+        roots = [(sequence.state, sequence.expect(Draft).root) for sequence in sequences]
+        configs = [sequence.config for sequence in sequences]
+        sizes = [self._tree_sizes(config, drafting, count) for config in configs]
+        expected, built, reached = zip(*sizes, strict=True)
+        all_depths = self.backend.drafter_config.depths
+        depths = max(
+            min(likely or all_depths, config.draft_depths or all_depths, all_depths)
+            for likely, config in zip(reached, configs, strict=True)
+        )
+        blocks = self.backend.drafter.draft(roots, depths)
+        after_root = np.arange(1, depths + 1, dtype=np.int32)
+        positions = [sequence.state.length + after_root for sequence in sequences]
+        tables = propose(self.backend, blocks, configs, expected, positions)
+        return list(map(Drafted, tables, built, map(drafting.get, sequences)))
+
+    def _tree_sizes(
+        self, config: DecodeConfig, drafting: Iterable[RunningSequence], count: int
+    ) -> tuple[int, int, int | None]:
+        """Return the nodes of the tree that will be verified, and of the tree to build.
+
+        The third number is the depth that the tree is likely to reach; None for any.
+        """
+        if not config.is_adaptive:
+            # The deepest node of n nodes ends a chain, at depth n - 1; the calibration also learns
+            # from the depth after it.
+            nodes = int(config.budget)
+            return nodes, nodes, nodes
+        budget = self.budget(config.method)
+        sizes = budget.expected_nodes(count), budget.nodes_to_build(count)
+        drafter = self.backend.drafter_config
+        if drafter is None or drafter.has_marginals:
+            return *sizes, budget.depths_to_draft(count)
+        lengths = [x.state.length for x in drafting if x.config.method == config.method]
+        most = min(config.draft_depths or drafter.depths, drafter.depths)
+        return *sizes, budget.passes_to_draft(most, lengths)
 
     def _grow(
         self, drafts: Sequence[tuple[RunningSequence, Drafted]]

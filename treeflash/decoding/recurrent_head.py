@@ -54,9 +54,7 @@ class RecurrentHead:
         """Follow the paths of all sequences together; one read from the device gets all tables."""
         outputs = self.ops.stack([block.hidden for block in blocks], 0)
         roots = self.ops.ids([block.root for block in blocks], outputs)
-        (noise,) = self.output.noise_by_depth(
-            options.noise, 1
-        )  # the noise of all depths, as the logits
+        (noise,) = self.output.noise_by_depth(options.noise, 1)  # one array for all depths
         depths = len(blocks[0].hidden)
         found = self.follow(options, outputs, roots, noise)
         return tables(self.ops.read(found), depths, depths)

@@ -80,7 +80,7 @@ class OllamaOptions(OllamaSchema):
     min_p: Annotated[float, limits("min_p")] | None = None
     seed: int | None = None  # seed of any sign: clients send -1 for a random one
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
-    num_predict: int | None = None  # 0, -1 and -2: as many as fit
+    num_predict: int | None = None  # 0 and negative numbers: the server's limit
     repeat_penalty: Annotated[float, limits("repetition_penalty")] | None = None
     presence_penalty: Annotated[float, limits("presence_penalty")] | None = None
     frequency_penalty: Annotated[float, limits("frequency_penalty")] | None = None
