@@ -185,26 +185,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     choose_shares(prompts)
     window = config.draft_window or DRAFT_WINDOW
     backend = MlxBackend(model, drafter_model, head, draft_window=window)
-    # Kernels that are timed at load may win this time and lose the next.
-    used = {(k, x) for k, v in metal_kernels.VERDICTS.items() for x in v if v[x].startswith("used")}
-    facts = backend.device, sorted(mx.device_info().items()), sorted(used)
-    models = target, drafter, adapter
-    backend.passed = passed_checks(config.checks, models, config, "treeflash_mlx", facts)
-    model.batches = runs_batches(backend)
-    if not model.batches:
-        logging.getLogger(__name__).warning(
-            "mlx-lm computes other logits for %s models in a batch; sequences run one by one",
-            model.family,
-        )
-    if config.exact:
-        backend.check_exact()
-    if drafter is not None:
-        backend.check_trees()
-    if isinstance(model.processor, Processor):
-        backend.check_images(model.processor, image_samples(model.processor))
-        if isinstance(backend.images, str):
-            logging.getLogger(__name__).warning("%s; the target takes no images", backend.images)
-            model.tower = None
+    check_pair(backend, (target, drafter, adapter), config)
     warn_of_size(backend.weights_bytes)
     if config.wired:
         wire_memory(backend.weights_bytes)
@@ -214,6 +195,35 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
         if summary := metal_kernels.summary():
             logging.getLogger(__name__).info("Metal kernels: %s", summary)
     return backend
+
+
+def check_pair(
+    backend: MlxBackend, models: tuple[Path, Path | None, Path | None], config: LoadConfig
+) -> None:
+    """Check what a loaded pair computes, and turn batches or images off if they are wrong.
+
+    `models` are the folders of the target, the drafter and the adapter.
+    """
+    target, logger = backend.target, logging.getLogger(__name__)
+    # Kernels that are timed at load may win this time and lose the next.
+    used = {(k, x) for k, v in metal_kernels.VERDICTS.items() for x in v if v[x].startswith("used")}
+    facts = backend.device, sorted(mx.device_info().items()), sorted(used)
+    backend.passed = passed_checks(config.checks, models, config, "treeflash_mlx", facts)
+    target.batches = runs_batches(backend)
+    if not target.batches:
+        logger.warning(
+            "mlx-lm computes other logits for %s models in a batch; sequences run one by one",
+            target.family,
+        )
+    if config.exact:
+        backend.check_exact()
+    if backend.drafter is not None:
+        backend.check_trees()
+    if isinstance(target.processor, Processor):
+        backend.check_images(target.processor, image_samples(target.processor))
+        if isinstance(backend.images, str):
+            logger.warning("%s; the target takes no images", backend.images)
+            target.tower = None
 
 
 def submitted_layers(count: int) -> list[int]:

@@ -309,10 +309,8 @@ def make_batch(
     device: torch.device | None = None,  # the device of the batch; None is the CPU
 ) -> Batch:
     """Pad the sequences to one length and the anchors to one number; padding predicts nothing."""
-    length, count = (
-        max(map(len, responses)),
-        -(-max(map(len, anchors)) // ROW_ANCHORS) * ROW_ANCHORS,
-    )
+    length = max(map(len, responses))
+    count = -(-max(map(len, anchors)) // ROW_ANCHORS) * ROW_ANCHORS
     rows, k = len(responses), features[0].top_tokens.shape[1]
     width = features[0].features.shape[1]
     tokens = torch.zeros(rows, length, dtype=torch.long)
