@@ -23,6 +23,15 @@ PROMPTS = (
     "A baker sells 24 rolls an hour. How many does she sell in 7 hours?",
     "Write a Python function that reverses a string.",
     "Explain photosynthesis in two sentences.",
+    "Write a Python class for a stack.",
+    "A shirt costs 40 dollars and is 25% off. What does it cost now?",
+    "What is the sum of the first ten odd numbers?",
+    "Write a regular expression for an email address.",
+    "Write a haiku about the sea.",
+    "Anna reads 30 pages a day. How long does she need for a book of 420 pages?",
+    "Write a short letter of thanks to a neighbour.",
+    "Solve x^2 - 5x + 6 = 0.",
+    "Tell me about the history of the bicycle.",
 )
 TOLERANCE = 5e-4  # nats of a path; rounding was seen to cost some 1e-5 a node
 

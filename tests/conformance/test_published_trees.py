@@ -19,6 +19,7 @@ from treeflash.decoding.backend_base import BaseBackend
 from treeflash.registry import loader
 from treeflash.testing import require
 from treeflash.testing.comparisons import tokens_of
+from treeflash.testing.pairs import EXAMPLES
 from treeflash.text.tokenizer import Tokenizer
 
 require("torch")
@@ -57,7 +58,7 @@ RUNS = {
 }
 FIRST_RUN = "treeflash-16-16-0"
 # Other runs have larger trees, and trees without the head. MLX takes three minutes for one on a
-# CPU, for scores of the whole vocabulary.
+# CPU, for scores of the whole vocabulary, so it has one, and all with `TREEFLASH_EXAMPLES`.
 CASES = [
     pytest.param(
         name,
@@ -65,7 +66,7 @@ CASES = [
         id=f"{name}-{run}",
         marks=[] if (name, run) == ("cuda", FIRST_RUN) else [pytest.mark.nightly],
     )
-    for name, runs in (("cuda", RUNS), ("mlx", (FIRST_RUN,)))
+    for name, runs in (("cuda", RUNS), ("mlx", RUNS if EXAMPLES else (FIRST_RUN,)))
     for run in runs
 ]
 

@@ -558,6 +558,6 @@ def test_trees_and_tokens_equal_the_references(family, method, sampling, tmp_pat
     found, expected = (steps_of(x, prompt, config) for x in (backend, reference))
     assert_equal_steps(found, expected)
     assert counted[0].called
-    assert counted[1].called
+    assert counted[1].called == (family != "granitemoehybrid")  # its layers are transformers'
     assert sampling == "greedy" or samplings.called
     assert all(x.called == (family in HYBRID_FAMILIES) for x in recurrences)
