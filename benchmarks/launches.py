@@ -130,7 +130,7 @@ def load_without_weights(shape: dict[str, Any], layers: str) -> Any:
     def make(_: str, size: tuple[int, ...]) -> torch.Tensor:
         return torch.empty(size, dtype=torch.bfloat16)
 
-    theirs = mock.patch.object(target_loading, "own_layers", return_value="a benchmark's choice")
+    theirs = mock.patch.object(target_loading, "load_decoder", return_value="a benchmark's choice")
     with theirs if layers == "transformers" else nullcontext():
         return load_pair(shape, LoadConfig(dtype="bfloat16"), make)
 

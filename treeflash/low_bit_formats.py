@@ -174,23 +174,23 @@ def _weight(
     return LowBitWeight(numbers, scales, lows[0] if lows else None, bits, order=order)
 
 
-class _Ordered(NamedTuple):
-    numbers: Numbers
-    order: NDArray[np.int64] | None  # see `LowBitWeight`
+def _in_groups(
+    numbers: Numbers, groups: NDArray[Any] | None, sizes: Sizes
+) -> tuple[Numbers, NDArray[np.int64] | None]:
+    """Order numbers by the groups of their inputs, which may be in any order.
 
-
-def _in_groups(numbers: Numbers, groups: NDArray[Any] | None, sizes: Sizes) -> _Ordered:
-    """Order numbers by the groups of their inputs, which may be in any order."""
+    Returns the numbers and `LowBitWeight.order`.
+    """
     of_place = np.arange(sizes.size) // (sizes.size // sizes.groups)
     if groups is None or np.array_equal(groups, of_place):
-        return _Ordered(numbers, None)
+        return numbers, None
     order = np.argsort(groups, kind="stable")
     if not np.array_equal(groups[order], of_place):
         raise UnsupportedModelError(
             "the weights have groups of different sizes, which treeflash does not read; pass "
             "another checkpoint"
         )
-    return _Ordered(numbers.take(order, 1), order)
+    return numbers.take(order, 1), order
 
 
 # GPTQ: eight or four numbers of a column in a word; zeros are one less than stored in version 1.
@@ -211,12 +211,10 @@ def _gptq_sizes(shapes: Shapes, settings: Settings) -> Sizes:
 
 def _gptq(tensors: Tensors, settings: Settings, sizes: Sizes) -> LowBitWeight:
     numbers = _unpack(tensors["qweight"].T, sizes.bits)
-    ordered = _in_groups(numbers, tensors.get("g_idx"), sizes)
+    numbers, order = _in_groups(numbers, tensors.get("g_idx"), sizes)
     kind = settings.get("checkpoint_format") or settings.get("format")
     zeros = _unpack(tensors["qzeros"], sizes.bits).T.astype(np.int32) + (kind != "gptq_v2")
-    return _weight(
-        ordered.numbers, tensors["scales"].T, sizes.bits, zeros=zeros, order=ordered.order
-    )
+    return _weight(numbers, tensors["scales"].T, sizes.bits, zeros=zeros, order=order)
 
 
 # AWQ: eight columns of a row in a word.
@@ -279,14 +277,14 @@ def _packed_sizes(shapes: Shapes, settings: Settings) -> Sizes:
 
 def _packed(tensors: Tensors, settings: Settings, sizes: Sizes) -> LowBitWeight:
     numbers = _unpack(tensors["weight_packed"], sizes.bits)
-    ordered = _in_groups(numbers, tensors.get("weight_g_idx"), sizes)
+    numbers, order = _in_groups(numbers, tensors.get("weight_g_idx"), sizes)
     zeros = tensors.get("weight_zero_point")
     return _weight(
-        ordered.numbers,
+        numbers,
         tensors["weight_scale"].reshape(-1, sizes.groups),
         sizes.bits,
         zeros=None if zeros is None else _unpack(zeros.T, sizes.bits).T[: sizes.rows],
-        order=ordered.order,
+        order=order,
     )
 
 

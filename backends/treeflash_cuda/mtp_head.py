@@ -116,7 +116,6 @@ class MtpModel(MtpLayer, nn.Module):
         return grouped_attention(queries, keys_and_values, masks, sizes, scale)[0]
 
 
-@dataclass(eq=False)
 class MtpCache(KVCache):
     """The rows of one sequence, and the target's states that they read.
 

@@ -6,7 +6,6 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +19,7 @@ from treeflash_cuda.cpu import low_bit_loading
 from treeflash_cuda.cpu.decoder_target import CpuTarget
 from treeflash_cuda.cpu.default_dtype import InexactError
 from treeflash_cuda.cpu.threads import cpu_threads
-from treeflash_cuda.decoder.facts import DecoderFacts, decoder_facts
+from treeflash_cuda.decoder.facts import decoder_facts
 from treeflash_cuda.decoder.plain_config import PlainConfig, target_config
 from treeflash_cuda.decoder.target import DecoderTarget
 from treeflash_cuda.decoder.weights import PLACES, Checkpoint
@@ -96,7 +95,7 @@ def read_target(
     config = target_config(folder)
     refuse_stateful(config)
     processor = find_processor(folder, config, settings, split=processes > 1)
-    own = own_layers(
+    decoder = load_decoder(
         folder,
         config,
         settings,
@@ -106,17 +105,9 @@ def read_target(
         processes=processes,
         images=not isinstance(processor, str),
     )
-    if isinstance(own, OwnLayers):
-        made = own.checkpoint, config, own.facts, own.dtype, settings
-        target: DecoderTarget
-        if own.operations is None:
-            target = CpuTarget.load(*made)
-        else:
-            shapes = decoder_shapes(own.facts, quantised=settings.kv_bits is not None)
-            prompt_attention = load_prompt_attention([device], own.dtype, shapes)
-            target = GpuTarget.load(*made, device, own.operations, prompt_attention)
-        target.processor = processor
-        return target
+    if isinstance(decoder, DecoderTarget):
+        decoder.processor = processor
+        return decoder
     from treeflash_cuda.hf.model_target import ModelTarget
 
     if isinstance(config, PlainConfig):
@@ -124,22 +115,12 @@ def read_target(
     model = ModelTarget.load(
         folder, config, device, dtype, settings, processor, pack=pack, processes=processes
     )
-    model.layers_from = f"transformers, because {own}"
+    model.layers_from = f"transformers, because {decoder}"
     add_kernels(model)
     return model
 
 
-@dataclass(frozen=True, eq=False)
-class OwnLayers:
-    """What a target with layers of our own is made of."""
-
-    checkpoint: Checkpoint
-    facts: DecoderFacts
-    dtype: torch.dtype
-    operations: Operations | None  # the operations of a GPU; None on a CPU
-
-
-def own_layers(
+def load_decoder(
     folder: Path,
     config: Any,  # see `target_config`
     settings: LoadConfig,
@@ -149,8 +130,8 @@ def own_layers(
     pack: bool,  # see `ModelTarget`
     processes: int,
     images: bool = False,  # whether prompts may have images
-) -> OwnLayers | str:
-    """Return what a target is made of that has layers of our own; or why it has none, as a clause.
+) -> DecoderTarget | str:
+    """Load a target with layers of our own; or return why it has none, as a clause.
 
     This alone decides which targets are models of transformers.
     """
@@ -175,17 +156,20 @@ def own_layers(
     dtype = dtype or config.dtype or checkpoint.dtype
     shapes = decoder_shapes(facts, quantised=settings.kv_bits is not None)
     operations = load_target_operations(shapes, [device], dtype)
-    if operations is not None:
-        reasons = {
-            "kernels of other libraries multiply its few bits": checkpoint.low_bits is not None,
-            "flash-linear-attention computes its prompts": facts.delta_nets is not None
-            and find_spec("fla") is not None,
-            "attention has no kernel here": not operations.runs_trees,
-            "experts have no kernel here": "grouped_linear" in operations.reasons,
-        }
-        if reason := next((reason for reason, applies in reasons.items() if applies), None):
-            return reason
-    return OwnLayers(checkpoint, facts, dtype, operations)
+    made = checkpoint, config, facts, dtype, settings
+    if operations is None:
+        return CpuTarget.load(*made)
+    reasons = {
+        "kernels of other libraries multiply its few bits": checkpoint.low_bits is not None,
+        "flash-linear-attention computes its prompts": facts.delta_nets is not None
+        and find_spec("fla") is not None,
+        "attention has no kernel here": not operations.runs_trees,
+        "experts have no kernel here": "grouped_linear" in operations.reasons,
+    }
+    if reason := next((reason for reason, applies in reasons.items() if applies), None):
+        return reason
+    prompt_attention = load_prompt_attention([device], dtype, shapes)
+    return GpuTarget.load(*made, device, operations, prompt_attention)
 
 
 def add_kernels(target: ModelTarget) -> None:

@@ -8,7 +8,6 @@ committed rows need no attention, so a prompt costs little more than their proje
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -85,7 +84,6 @@ class MtpModel(MtpLayer, VocabularyOwner):
         return mx.concatenate(out)
 
 
-@dataclass(eq=False)
 class MtpCache(KVCache):
     """The rows of one sequence, and the target's states that they read.
 

@@ -38,7 +38,7 @@ from treeflash_cuda.gpu.prompt_attention import causal_attention
 from treeflash_cuda.hf.model_target import ModelTarget
 from treeflash_cuda.operations import Operations
 from treeflash_cuda.target import read_model_config
-from treeflash_cuda.target_loading import own_layers
+from treeflash_cuda.target_loading import load_decoder
 
 
 def fields(**settings):
@@ -467,7 +467,7 @@ def test_what_keeps_the_model_of_transformers(
     stand_in(monkeypatch, target_loading, load_target_operations=lambda *_: lacking)
     stand_in(monkeypatch, target_loading, find_spec=lambda name: name == "fla" or None)
     config, on_gpu = read_model_config(tmp_path), torch.device("cuda")
-    found = own_layers(tmp_path, config, LoadConfig(**settings), on_gpu, None, **options)
+    found = load_decoder(tmp_path, config, LoadConfig(**settings), on_gpu, None, **options)
     assert str(found).startswith(reason)
 
 

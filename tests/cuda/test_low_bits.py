@@ -58,7 +58,7 @@ from treeflash_cuda.hf.model_target import ModelTarget
 from treeflash_cuda.linear import PackedLinear
 from treeflash_cuda.low_bit_linear import LowBitEmbedding, LowBitLinear
 from treeflash_cuda.target import read_model_config
-from treeflash_cuda.target_loading import bits_refusal, own_layers
+from treeflash_cuda.target_loading import bits_refusal, load_decoder
 
 import treeflash
 
@@ -656,7 +656,7 @@ def test_adapters_are_left_to_transformers(tmp_path):
     stored, _ = write(tmp_path, KINDS["GPTQ"])
     settings, given = LoadConfig(adapter="adapter"), (torch.device("cpu"), torch.float32)
     config = read_model_config(stored)
-    reason = own_layers(stored, config, settings, *given, pack=True, processes=1)
+    reason = load_decoder(stored, config, settings, *given, pack=True, processes=1)
     assert reason == "adapters are not merged into weights of few bits"
 
 

@@ -29,7 +29,7 @@ class UncapturedGraphs(Graphs):
 
 def use_models(monkeypatch):
     """Let all targets be models of transformers."""
-    monkeypatch.setattr(target_loading, "own_layers", lambda *_, **__: "a test")
+    monkeypatch.setattr(target_loading, "load_decoder", lambda *_, **__: "a test")
 
 
 def load_with_parts(monkeypatch, target, drafter=None, *, models=False, **settings):

@@ -30,8 +30,6 @@ Windows, and needs no compiler on the user's machine.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from llvmlite import ir
 
 from treeflash.low_bits import BLOCK, GROUP, LINE, SHARING, LowBitFormat, lines_of_byte
@@ -72,21 +70,6 @@ READ_ROWS = 4
 """Rows whose multiplications take as long as reading the weight."""
 CHUNKS = 8
 """Parts of a product for each thread: the fastest one takes more of them."""
-
-
-class Fetching(NamedTuple):
-    """How weights are fetched before they are multiplied."""
-
-    ahead: int  # bytes between the weights that are multiplied and the ones that are fetched
-    step: int  # bytes between two addresses that are fetched
-    cache: int  # the cache that they are fetched into, as LLVM numbers them: 3 is the first one
-
-    @classmethod
-    def of(cls, kind: LowBitFormat, rows: int) -> Fetching:
-        """Return what was fastest, on two cores of an AMD EPYC, for a pass over `rows` rows."""
-        if kind.bits < 8:
-            return cls(4096, 64, 3)
-        return cls(8192, 256 if rows == 1 else 64, 2)
 
 
 OPERANDS = {
@@ -292,7 +275,12 @@ def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Func
         job, "q", "d", "starts", "lows", "numbers", "scales", "least", "factors"
     )
     groups, width, bias, y, wide = b.fields(job, "groups", "width", "bias", "y", "wide")
-    group_nbytes, fetching = kind.lines * BLOCK * LINE, Fetching.of(kind, rows)
+    group_nbytes = kind.lines * BLOCK * LINE
+    # Weights are fetched `ahead` bytes before they are multiplied, every `step` bytes, into a cache
+    # as LLVM numbers them: 3 is the first one. This was fastest on two cores of an AMD EPYC.
+    ahead, step, cache = 4096, 64, 3
+    if kind.bits == 8:
+        ahead, step, cache = 8192, 256 if rows == 1 else 64, 2
     numbers = b.at(numbers, b.times(b.mul(block, groups), group_nbytes))
     zero = constant(floats, 0.0)
     own_rows = [b.plus(row, r) for r in range(rows)]
@@ -300,9 +288,9 @@ def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Func
 
     def group(turn: Value, totals: list[Value]) -> list[Value]:
         weights = b.at(numbers, b.times(turn, group_nbytes))
-        for place in range(0, group_nbytes, fetching.step):
-            at = b.at(weights, constant(I64, fetching.ahead + place))
-            options = (constant(I32, x) for x in (0, fetching.cache, 1))
+        for place in range(0, group_nbytes, step):
+            at = b.at(weights, constant(I64, ahead + place))
+            options = (constant(I32, x) for x in (0, cache, 1))
             b.intrinsic("llvm.prefetch.p0", VOID, at, *options)
         places = [b.plus(first, turn) for first in first_groups]
         activations = [b.at(q, b.times(place, GROUP)) for place in places]

@@ -23,7 +23,6 @@ from treeflash_cuda.hf.attention_contexts import MaskedContext
 from treeflash_cuda.hf.model_target import ModelTarget
 from treeflash_cuda.numerics import top_log_probs
 from treeflash_cuda.training.batch import Batch, Drafts
-from treeflash_cuda.training.initial import TargetShape
 from treeflash_cuda.training.model import ROW_ANCHORS
 from treeflash_cuda.training.run import replacing
 
@@ -39,23 +38,22 @@ BATCHES_PER_SORT = 16
 
 
 def truncated_responses(
-    responses: Sequence[Response], config: TrainConfig, target: TargetShape
+    responses: Sequence[Response], length: int, vocab_size: int
 ) -> tuple[list[Response], dict[str, int]]:
-    """Select the responses with a token to predict after truncation, and count the dropped ones.
+    """Truncate responses, select the ones with a token to predict, and count the dropped ones.
 
     A response is `too_short` before truncation, or `too_long` because its prompt leaves no room.
     Raises a ConfigError if no response is left, or they have tokens outside the target's
     vocabulary.
     """
     long_enough = [x for x in responses if len(x.response_ids) >= MIN_RESPONSE_TOKENS]
-    limit = min(config.max_length, target.max_positions)
-    truncated = [response.truncate(limit) for response in long_enough]
+    truncated = [response.truncate(length) for response in long_enough]
     kept = [x for x in truncated if len(x.response_ids) >= MIN_RESPONSE_TOKENS]
     if not kept:
         raise ConfigError(
             "every response is shorter than two tokens after truncation; raise --max-length"
         )
-    if max(max(response.token_ids) for response in kept) >= target.vocab_size:
+    if max(max(response.token_ids) for response in kept) >= vocab_size:
         raise ConfigError(
             "the responses have token ids outside the target's vocabulary; "
             "were they made with another target?"

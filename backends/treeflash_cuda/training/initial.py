@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ from treeflash_cuda.heads import HEAD_CLASSES
 from treeflash_cuda.hf.attention_contexts import MaskedContext
 from treeflash_cuda.hf.model_target import ModelTarget
 from treeflash_cuda.linear import is_subclass
-from treeflash_cuda.target import max_positions, read_model_config
 
 RANK = 256
 """Rank of the heads `markov` and `selector`, as published."""
@@ -51,36 +49,22 @@ FOLDED_NORMS = "input_layernorm", "post_attention_layernorm"
 """The parts of a target's layer that a drafter gets, under the names that most models give them."""
 
 
-@dataclass(frozen=True)
-class TargetShape:
-    """What the `config.json` of a target says about training a drafter for it."""
-
-    layers: int
-    vocab_size: int
-    max_positions: int
-
-    @classmethod
-    def read(cls, folder: Path) -> TargetShape:
-        config = read_model_config(folder).get_text_config()
-        return cls(config.num_hidden_layers, config.vocab_size, max_positions(config))
-
-
-def refuse_options(config: TrainConfig, target: TargetShape) -> None:
-    """Raise a ConfigError for the shape of a new drafter that does not fit a target."""
+def refuse_options(config: TrainConfig, layers: int, vocab_size: int) -> None:
+    """Raise a ConfigError for the shape of a new drafter that does not fit the target's."""
     if config.init not in NEW_DRAFTERS:
         return
-    if (count := config.layers or DEFAULT_LAYERS) >= target.layers:
+    if (count := config.layers or DEFAULT_LAYERS) >= layers:
         given = f"and its default is {count}" if config.layers is None else f"got {count}"
         raise ConfigError(
-            f"layers must be below the target's {target.layers}, {given}; pass a smaller --layers"
+            f"layers must be below the target's {layers}, {given}; pass a smaller --layers"
         )
-    if max(config.target_layer_ids or (0,)) >= target.layers:
+    if max(config.target_layer_ids or (0,)) >= layers:
         raise ConfigError(
-            f"target-layer-ids must be from 0 to {target.layers - 1}, got {config.target_layer_ids}"
+            f"target-layer-ids must be from 0 to {layers - 1}, got {config.target_layer_ids}"
         )
-    if not 0 <= (config.mask_token_id or 0) < target.vocab_size:
+    if not 0 <= (config.mask_token_id or 0) < vocab_size:
         raise ConfigError(
-            f"mask-token-id must be from 0 to {target.vocab_size - 1}, got {config.mask_token_id}"
+            f"mask-token-id must be from 0 to {vocab_size - 1}, got {config.mask_token_id}"
         )
 
 

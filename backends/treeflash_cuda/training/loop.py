@@ -26,6 +26,7 @@ from treeflash.training.config import TrainConfig
 from treeflash.training.distillation import Response
 from treeflash_cuda.device import choose_device, prepare
 from treeflash_cuda.hf.model_target import ModelTarget
+from treeflash_cuda.target import max_positions, read_model_config
 from treeflash_cuda.target_loading import load_target
 from treeflash_cuda.training.batch import Batch
 from treeflash_cuda.training.data import (
@@ -38,12 +39,7 @@ from treeflash_cuda.training.data import (
     truncated_responses,
     with_drafts,
 )
-from treeflash_cuda.training.initial import (
-    TargetShape,
-    drafter_settings,
-    initial_drafter,
-    refuse_options,
-)
+from treeflash_cuda.training.initial import drafter_settings, initial_drafter, refuse_options
 from treeflash_cuda.training.losses import Outcomes, forward_kl, objective
 from treeflash_cuda.training.model import Blocks
 from treeflash_cuda.training.run import TrainingRun, export, has_checkpoint, is_finished
@@ -73,14 +69,15 @@ def train(
     if is_finished(output, request):
         return
     # What does not fit is said before weights are read.
-    shape = TargetShape.read(target)
-    refuse_options(config, shape)
+    shape = read_model_config(target).get_text_config()
+    refuse_options(config, shape.num_hidden_layers, shape.vocab_size)
+    limits = min(config.max_length, max_positions(shape)), shape.vocab_size
     validation_data: list[Response] = []
     dropped = Counter[str]()
     if held_out:
-        validation_data, counts = truncated_responses(held_out, config, shape)
+        validation_data, counts = truncated_responses(held_out, *limits)
         dropped.update(counts)
-    training_data, counts = truncated_responses(responses, config, shape)
+    training_data, counts = truncated_responses(responses, *limits)
     dropped.update(counts)
     if dropped.total():
         yield dict(dropped)
@@ -88,7 +85,7 @@ def train(
     device = load.device or str(processes.device)
     prepare(torch.device(device))
     model = load_target(target, replace(load, device=device, images=False), pack=False)
-    assert isinstance(model, ModelTarget), "see `own_layers`"
+    assert isinstance(model, ModelTarget), "see `load_decoder`"
     accelerator = Accelerator(
         mixed_precision=MIXED_PRECISION.get(model.dtype, "no"),
         gradient_accumulation_steps=config.accumulation,
