@@ -85,16 +85,6 @@ class LowBitFormat(NamedTuple):
         return 1 + self.has_least if self.scale_dtype == "int8" else 0
 
 
-class PackedWeight(NamedTuple):
-    """A weight in the order that kernels read it."""
-
-    numbers: Numbers  # (blocks, groups, lines, 16 * 4)
-    scales: Scales  # (blocks, groups * scales of a group, 16)
-    least: Scales | None  # (blocks, groups, 16)
-    factors: Factors | None  # (blocks, size / 256 * factors of 256 numbers, 16)
-    order: NDArray[np.int64] | None  # see `LowBitWeight`
-
-
 class LowBitWeight(NamedTuple):
     """The (rows, size) weight of a linear layer."""
 
@@ -132,8 +122,11 @@ class LowBitWeight(NamedTuple):
         shared = self.factors[:, factor :: self.format.factors].astype(np.float32)
         return values * shared.repeat(values.shape[1] // shared.shape[1], 1)
 
-    def pack(self) -> PackedWeight:
-        """Return the weight in the order of blocks, groups and lines."""
+    def pack(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays that kernels read, in the order of blocks, groups and lines.
+
+        They have the names and shapes of `StoredWeight.tensors`; and `order`, if it is not None.
+        """
         rows, size = self.numbers.shape
         missing, groups = -rows % BLOCK, size // GROUP
         numbers = np.pad(self.numbers, ((0, missing), (0, 0)))
@@ -147,11 +140,10 @@ class LowBitWeight(NamedTuple):
                 parts.append(np.bitwise_or.reduce(upper << places[:, None, None], 3))
             lines = np.concatenate(parts, 2)
         packed = np.ascontiguousarray(lines).reshape(*lines.shape[:3], BLOCK * LINE)
-        others: list[Any] = [
-            None if x is None else _by_block(x, missing)
-            for x in (self.scales, self.least, self.factors)
-        ]
-        return PackedWeight._make([packed, *others, self.order])
+        others = {"scales": self.scales, "least": self.least, "factors": self.factors}
+        found: dict[str, NDArray[Any]] = {"numbers": packed}
+        found |= {name: _by_block(x, missing) for name, x in others.items() if x is not None}
+        return found if self.order is None else {**found, "order": self.order}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +162,7 @@ class StoredWeight:
 
     @property
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Data types and shapes of the tensors of a `PackedWeight`, by name."""
+        """Data types and shapes of the tensors of a packed weight, by name."""
         (rows, size), kind = self.shape, self.format
         blocks, groups = -(-rows // BLOCK), size // GROUP
         numbers = blocks, groups, kind.lines, BLOCK * LINE

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from treeflash.low_bits import (
@@ -19,7 +20,6 @@ from treeflash.low_bits import (
     GROUP,
     LINE,
     LowBitWeight,
-    PackedWeight,
     StoredWeight,
     lines_of_byte,
 )
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class LowBitLinear(nn.Module):
-    """A linear layer for inference, with the tensors of a `PackedWeight` as parameters.
+    """A linear layer for inference, with the arrays of `LowBitWeight.pack` as parameters.
 
     They may be mapped from a file, and are empty when the layer is made.
     """
@@ -49,7 +49,7 @@ class LowBitLinear(nn.Module):
             name: torch.empty(shape, dtype=getattr(torch, kind))
             for name, (kind, shape) in stored.tensors.items()
         }
-        for name in PackedWeight._fields:
+        for name in ("numbers", "scales", "least", "factors", "order"):
             self._keep(name, tensors.get(name))
         self._keep("bias", torch.empty(self.shape[0], dtype=dtype) if stored.bias else None)
         # Multiplies float32 and bfloat16 rows, when the first product has asked for it.
@@ -61,14 +61,17 @@ class LowBitLinear(nn.Module):
 
     @classmethod
     def from_packed(
-        cls, stored: StoredWeight, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype
+        cls,
+        stored: StoredWeight,
+        arrays: Mapping[str, NDArray[Any]],  # see `LowBitWeight.pack`
+        bias: Tensor | None,
+        dtype: torch.dtype,
     ) -> Self:
         """Make a layer of arrays, whose memory it shares."""
         with torch.device("meta"):
             layer = cls(stored, dtype)
-        for name, array in weight._asdict().items():
-            if array is not None:
-                layer._keep(name, torch.from_numpy(array))
+        for name, array in arrays.items():
+            layer._keep(name, torch.from_numpy(array))
         layer._keep("bias", None if bias is None else bias.detach().to(dtype))
         return layer
 

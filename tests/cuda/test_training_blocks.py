@@ -127,8 +127,9 @@ def test_features_of_a_target_in_half_precision_are_accepted(blocks, batch):
 
 @torch.no_grad()
 def test_blocks_equal_the_drafts_of_the_drafter(backend, blocks, batch):
-    hidden, rows, depths = blocks.hidden(batch), batch.target_rows(), backend.drafter_config.depths
-    predictions = blocks(batch, torch.arange(TINY_VOCAB).expand(len(rows.next_tokens), -1))
+    hidden, depths = blocks.hidden(batch), backend.drafter_config.depths
+    following = batch.scored()[0][:, -1]
+    predictions = blocks(batch, torch.arange(TINY_VOCAB).expand(len(following), -1))
     predicted = 0
     for row, text in enumerate(TEXTS):
         for column in batch.valid[row].any(1).nonzero().flatten().tolist():
@@ -150,15 +151,15 @@ def test_blocks_equal_the_drafts_of_the_drafter(backend, blocks, batch):
                     scored = own.isfinite()  # a selector's candidates alone
                     assert scored.sum() > 1
                     near(prediction.log_probs[predicted][scored], own[scored])
-                assert rows.next_tokens[predicted] == text.token_ids[anchor + depth]
+                assert following[predicted] == text.token_ids[anchor + depth]
                 predicted += 1
-    assert predicted == len(rows.next_tokens) == len(predictions[0].best)
+    assert predicted == len(following) == len(predictions[0].best)
 
 
 @torch.no_grad()
 def test_a_shortlist_of_everything_changes_nothing(blocks, batch):
     """Only the order of its tokens, and of the tokens that represent the rest, differs."""
-    wanted = batch.target_rows().scored_tokens()
+    wanted, _ = batch.scored()
     missing = TINY_VOCAB - len(wanted.unique())
     shortlist = make_shortlist(wanted, TINY_VOCAB, missing - 1, torch.Generator().manual_seed(1))
     everything = replace(
@@ -308,14 +309,14 @@ def test_a_batch_with_drafts_predicts_them_after_themselves(share_drafted):
     batch, drafted = share_drafted(0.5)
     own = torch.zeros(batch.valid.shape[:2], dtype=torch.bool)
     own[:, drafted.drafts.columns] = True
-    text, rows = batch.continuations(), drafted.target_rows()
+    text, (scored, _) = batch.continuations(), drafted.scored()
     previous, rejections = drafted.previous_tokens(), drafted.rejections()
     for index, (row, column, d) in enumerate(batch.valid.nonzero().tolist()):
         anchor = int(batch.anchors[row, column])
         changed = bool(own[row, column])
         assert bool(drafted.is_drafted()[index]) == changed
         expected = (int(text[row, column, d]) + (changed and d == 1)) % TINY_VOCAB
-        assert int(rows.next_tokens[index]) == expected
+        assert int(scored[index, -1]) == expected
         before = int(batch.tokens[row, anchor + d]) + (changed and d == 2)
         assert int(previous[index]) == before % TINY_VOCAB
         assert int(rejections[index]) == (d if changed else 0)
@@ -358,11 +359,11 @@ def test_a_validation_has_means_by_depth_and_the_chain_of_best_tokens(tmp_path):
         metrics = {metric: [[] for _ in range(depths)] for metric in ("kl", "top1", "acceptance")}
         lengths = []
         for batch, both in zip(validation.batches, drafter.returned, strict=True):
-            rows, best = batch.target_rows(), both[kind].argmax(-1)
-            outcomes = Outcomes.compare(rows, both[kind].gather(1, rows.scored_tokens()))
+            (scored, target), best = batch.scored(), both[kind].argmax(-1)
+            outcomes = Outcomes.compare(target, both[kind].gather(1, scored))
             own = {
                 "kl": forward_kl(outcomes),
-                "top1": best == rows.next_tokens,
+                "top1": best == scored[:, -1],
                 "acceptance": outcomes.acceptance(),
             }
             chains = {}

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from treeflash_cuda.training import loop
-from treeflash_cuda.training.batch import Batch, Drafts, TargetRows
+from treeflash_cuda.training.batch import Batch, Drafts
 from treeflash_cuda.training.data import Batches, Plan, SequenceFeatures, choose_anchors
 from treeflash_cuda.training.loop import learning_rate, make_optimizer
 from treeflash_cuda.training.losses import (
@@ -55,8 +55,8 @@ def case():
 
 def outcomes(target, logits, text, k):
     best, tokens = target.topk(k)
-    rows = TargetRows(tokens, best, text)
-    return Outcomes.compare(rows, logits.log_softmax(-1).gather(1, rows.scored_tokens()))
+    scored = torch.cat([tokens, text[:, None]], 1)
+    return Outcomes.compare(best, logits.log_softmax(-1).gather(1, scored))
 
 
 def defined(name, log_p, log_q, token, tokens):
@@ -292,19 +292,19 @@ def test_the_weights_of_a_sample_are_not_rounded_to_the_precision_of_the_head():
 def test_the_gradient_of_a_shortlist_agrees_with_the_full_one_in_expectation(output, k):
     head, hidden, target = output
     best, tokens = target.topk(k)
-    rows = TargetRows(tokens, best, tokens[:, 0])
+    scored = torch.cat([tokens, tokens[:, :1]], 1)
 
     def gradient(shortlist):
-        index = rows.scored_tokens() if shortlist is None else shortlist.index[rows.scored_tokens()]
+        index = scored if shortlist is None else shortlist.index[scored]
         log_probs = logits_of(head, hidden, shortlist).log_softmax(-1).gather(1, index)
-        loss = forward_kl(Outcomes.compare(rows, log_probs)).sum()
+        loss = forward_kl(Outcomes.compare(best, log_probs)).sum()
         return torch.autograd.grad(loss, hidden)[0]
 
     full, generator = gradient(None), torch.Generator().manual_seed(2)
 
     def error(draws):
         """Of the mean over shortlists, relative to the full gradient."""
-        made = (make_shortlist(rows.scored_tokens(), MANY, 30, generator) for _ in range(draws))
+        made = (make_shortlist(scored, MANY, 30, generator) for _ in range(draws))
         return (sum(map(gradient, made)) / draws - full).norm() / full.norm()
 
     # The normaliser is unbiased, and its logarithm the less biased the more negatives there are.

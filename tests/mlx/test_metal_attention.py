@@ -429,7 +429,7 @@ def test_layers_of_one_shape_prepare_a_launch_once(metal, win_from, rng):
     win_from(0)
     tree = TreePass.build(TREES[:1], (33,), 63)
     q, k, v = layer_inputs(rng, tree)
-    with recording(attention, "_launches") as made:
+    with recording(attention, "_launch") as made:
         for _ in range(3):
             attend_nodes(tree, q, k, v, None, 0.2, tree.mask(None))
     assert len(made) == 1

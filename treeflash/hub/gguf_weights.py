@@ -171,11 +171,11 @@ def _packed_entries(name: str, module: StoredWeight) -> dict[str, Entry]:
 def _packed(model: Model, name: str, module: StoredWeight) -> Iterator[bytes]:
     """Yield the tensors of a module in the order of its entries, numbers part by part."""
     layers = _layers(name, module)
-    others: list[tuple[bytes, ...]] = []
+    others: list[list[bytes]] = []
     for weight in _slices(model, layers, module.shape):
-        packed = weight.pack()
-        yield packed.numbers.tobytes()
-        others.append(tuple(x.tobytes() for x in packed[1:] if x is not None))
+        numbers, *rest = (x.tobytes() for x in weight.pack().values())
+        yield numbers
+        others.append(rest)
     yield from (b"".join(parts) for parts in zip(*others, strict=True))
     if module.bias:
         yield b"".join(_plain(model, f"{layer}.bias") for layer in layers)

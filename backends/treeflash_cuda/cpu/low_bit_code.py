@@ -83,7 +83,7 @@ FIELDS = OPERANDS | {"chunk": I64, "next": I64, "wide": I1}
 
 - x, y: (rows, 32 * groups) numbers, and `blocks` blocks of 16 in rows of `width` numbers, in
   float32 if `wide`, else in bfloat16
-- numbers, scales, least, factors: a `PackedWeight` of `blocks` blocks
+- numbers, scales, least, factors: a weight of `blocks` blocks, see `LowBitWeight.pack`
 - bias: float32 numbers to add to the results of a row, after these are rounded; or null
 - q, d: the rows' integers (int8), and their scales by group
 - starts, lows: what does not depend on the weights: the rows' sums of q by scale as the integers
@@ -276,11 +276,11 @@ def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Func
     )
     groups, width, bias, y, wide = b.fields(job, "groups", "width", "bias", "y", "wide")
     group_nbytes = kind.lines * BLOCK * LINE
-    # Weights are fetched `ahead` bytes before they are multiplied, every `step` bytes, into a cache
-    # as LLVM numbers them: 3 is the first one. This was fastest on two cores of an AMD EPYC.
-    ahead, step, cache = 4096, 64, 3
+    # Weights are fetched `ahead` bytes before they are multiplied, every `stride` bytes, into a
+    # cache as LLVM numbers them: 3 is the first one. This was fastest on two cores of an AMD EPYC.
+    ahead, stride, cache = 4096, 64, 3
     if kind.bits == 8:
-        ahead, step, cache = 8192, 256 if rows == 1 else 64, 2
+        ahead, stride, cache = 8192, 256 if rows == 1 else 64, 2
     numbers = b.at(numbers, b.times(b.mul(block, groups), group_nbytes))
     zero = constant(floats, 0.0)
     own_rows = [b.plus(row, r) for r in range(rows)]
@@ -288,7 +288,7 @@ def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Func
 
     def group(turn: Value, totals: list[Value]) -> list[Value]:
         weights = b.at(numbers, b.times(turn, group_nbytes))
-        for place in range(0, group_nbytes, step):
+        for place in range(0, group_nbytes, stride):
             at = b.at(weights, constant(I64, ahead + place))
             options = (constant(I32, x) for x in (0, cache, 1))
             b.intrinsic("llvm.prefetch.p0", VOID, at, *options)

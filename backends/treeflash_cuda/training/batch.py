@@ -14,19 +14,6 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class TargetRows:
-    """The target's distribution at n positions: its top tokens; the rest counts as one more."""
-
-    tokens: Tensor  # (n, K)
-    log_probs: Tensor  # (n, K) nats
-    next_tokens: Tensor  # (n,) the tokens that the sequences or drafts have there
-
-    def scored_tokens(self) -> Tensor:
-        """Return (n, K + 1) tokens whose log probabilities the losses need; the next comes last."""
-        return torch.cat([self.tokens, self.next_tokens[:, None]], 1)
-
-
-@dataclass(frozen=True, eq=False)
 class Drafts:
     """Blocks that the drafter drafted after some anchors, scored by the target (Draft-OPD)."""
 
@@ -72,15 +59,18 @@ class Batch:
         roots = self.tokens.gather(1, self.anchors)[:, :, None]
         return torch.cat([roots, self.block_tokens()[:, :, :-1]], 2)[self.valid]
 
-    def target_rows(self) -> TargetRows:
-        """Return the target's distributions of the n tokens to predict."""
+    def scored(self) -> tuple[Tensor, Tensor]:
+        """Return the (n, K + 1) tokens to score, and the target's (n, K) log probabilities.
+
+        The first tokens of a row are the target's top tokens, which have these log probabilities;
+        the last one is the token to predict.
+        """
         tokens, log_probs = self._blocks(self.top_tokens, 0), self._blocks(self.top_log_probs, 0)
         if self.drafts is not None:
             tokens[:, self.drafts.columns] = self.drafts.top_tokens
             log_probs[:, self.drafts.columns] = self.drafts.top_log_probs
-        return TargetRows(
-            tokens[self.valid], log_probs[self.valid], self.block_tokens()[self.valid]
-        )
+        tokens = torch.cat([tokens, self.block_tokens()[..., None]], -1)
+        return tokens[self.valid], log_probs[self.valid]
 
     def is_drafted(self) -> Tensor:
         """Return the (n,) bool, whether the token to predict belongs to a draft."""

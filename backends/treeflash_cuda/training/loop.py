@@ -357,13 +357,13 @@ class Validation:
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         anchors = 0
         for batch in (batch.to(self.device) for batch in self.batches):
-            rows = batch.target_rows()
-            marginal, corrected = blocks(batch, rows.scored_tokens())
+            scored, target = batch.scored()
+            marginal, corrected = blocks(batch, scored)
             anchors += int(batch.valid.any(2).sum())
             for name, prediction in (("marginal", marginal), ("corrected", corrected)):
                 if prediction is None:
                     continue
-                outcomes = Outcomes.compare(rows, prediction.log_probs)
+                outcomes = Outcomes.compare(target, prediction.log_probs)
                 metrics = {
                     f"kl_{name}": forward_kl(outcomes),
                     f"acceptance_{name}": outcomes.acceptance(),

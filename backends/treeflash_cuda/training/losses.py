@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from treeflash.training.config import TrainConfig, parse_loss
-from treeflash_cuda.training.batch import Batch, TargetRows
+from treeflash_cuda.training.batch import Batch
 from treeflash_cuda.training.model import make_shortlist
 
 MIN_REST = 1e-6
@@ -29,9 +29,9 @@ class Outcomes:
     log_next: Tensor  # (n,) the drafter's log probability of the next token of the sequence
 
     @classmethod
-    def compare(cls, rows: TargetRows, log_probs: Tensor) -> Outcomes:
-        """Compare the target with (n, K + 1) log probabilities of `TargetRows.scored_tokens`."""
-        p, log_p = _with_rest(rows.log_probs)
+    def compare(cls, target: Tensor, log_probs: Tensor) -> Outcomes:
+        """Compare the target's log probabilities with (n, K + 1) others; see `Batch.scored`."""
+        p, log_p = _with_rest(target)
         q, log_q = _with_rest(log_probs[:, :-1])
         return cls(p, q, log_p, log_q, log_probs[:, -1])
 
@@ -128,16 +128,17 @@ def objective(
     generator: torch.Generator,  # samples the shortlist
 ) -> tuple[Tensor, dict[str, float]]:
     """Compute a batch's loss, and the numbers `marginal`, `corrected` (with a head), `loss`."""
-    rows = batch.target_rows()
-    scored = rows.scored_tokens()
+    scored, target = batch.scored()
     shortlist = None
     if config.negatives:
         shortlist = make_shortlist(scored, vocab_size, config.negatives, generator)
     marginal, corrected = blocks(batch, scored, shortlist)
-    parts = {"marginal": _mean_loss(batch, Outcomes.compare(rows, marginal.log_probs), config)}
+    parts = {"marginal": _mean_loss(batch, Outcomes.compare(target, marginal.log_probs), config)}
     loss = parts["marginal"]
     if corrected is not None:
-        parts["corrected"] = _mean_loss(batch, Outcomes.compare(rows, corrected.log_probs), config)
+        parts["corrected"] = _mean_loss(
+            batch, Outcomes.compare(target, corrected.log_probs), config
+        )
         loss = config.marginal_weight * loss + config.corrected_weight * parts["corrected"]
     parts["loss"] = loss
     return loss, {name: float(value.detach()) for name, value in parts.items()}

@@ -28,7 +28,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -315,19 +315,8 @@ QUANTISED_INPUTS = ("q", *(x + part for x in "kv" for part in ("", "_scales", "_
 NO_WINDOW = 1 << 30
 
 
-@dataclass(frozen=True)
-class Launches:
-    """The launches of both kernels for layers of one shape in one pass.
-
-    Attributes:
-        parts: takes the `inputs`, which end with `rows`.
-        rows: what all layers have.
-        merge: takes the `inputs`.
-    """
-
-    parts: Callable[..., Any]
-    rows: Sequence[mx.array]
-    merge: Callable[..., Any]
+Launch: TypeAlias = Callable[[Sequence[mx.array], mx.array], mx.array]
+"""Launches both kernels for queries, keys and values, and sinks; returns the outputs."""
 
 
 @dataclass(frozen=True)
@@ -344,7 +333,7 @@ class Nodes:
         depths: of the trees, at most, in exact mode; 0 otherwise.
         branches: whether a tree is not a chain, in exact mode.
         constants: arrays that equal layers share, by what they are made of.
-        launches: of the two kernels for layers of one shape, without the layer's own arrays.
+        launches: of both kernels, for layers of one shape.
     """
 
     ancestors: mx.array
@@ -354,7 +343,7 @@ class Nodes:
     depths: int = 0
     branches: bool = False
     constants: dict[tuple[float, ...], mx.array] = field(default_factory=dict, repr=False)
-    launches: dict[tuple[Any, ...], Launches] = field(default_factory=dict, repr=False)
+    launches: dict[tuple[Any, ...], Launch] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_pass(
@@ -449,16 +438,12 @@ def tree_attention(
     """
     heads, group_size = q.shape[1], k[1].shape[3] if bits else 0
     key = q.shape, q.dtype, k[0].shape[1], group_size, scale, window, first, bits, dtype
-    if (launches := nodes.launches.get(key)) is None:
-        launches = nodes.launches[key] = _launches(nodes, *key)
-    parts, weights = launches.parts(inputs=[q, *k, *v, *launches.rows])
-    if sinks is None:
-        sinks = nodes.constant(*[-math.inf] * heads)
-    out: mx.array = launches.merge(inputs=[parts, weights, sinks])[0]
-    return out
+    if (launch := nodes.launches.get(key)) is None:
+        launch = nodes.launches[key] = _launch(nodes, *key)
+    return launch([q, *k, *v], nodes.constant(*[-math.inf] * heads) if sinks is None else sinks)
 
 
-def _launches(
+def _launch(
     nodes: Nodes,
     shape: Sequence[int],
     q_dtype: mx.Dtype,
@@ -469,8 +454,8 @@ def _launches(
     first: int,
     bits: int,
     dtype: mx.Dtype | None,
-) -> Launches:
-    """Return the launches of both kernels; the arguments are those of `tree_attention`."""
+) -> Launch:
+    """Return what launches both kernels; the arguments are as in `tree_attention`."""
     batch, heads, n, width = shape
     shares, exact = shares_of(width), nodes.depths > 0
     span = EXACT_SPAN if exact else span_of(nodes.length - first)
@@ -490,6 +475,7 @@ def _launches(
     if exact:
         bounds += [nodes.depths, int(nodes.branches)]
     constants = nodes.constant(float(scale)), nodes.constant(*bounds)
+    rows = nodes.ancestors, nodes.positions, nodes.starts, *constants
     parts = partial(
         # Keys and values are parts of a longer storage, and queries are often transposed.
         make_kernel(name, inputs, ("parts", "weights"), text, copies=False),
@@ -507,7 +493,12 @@ def _launches(
         output_shapes=[(batch, heads, n, width)],
         output_dtypes=[dtype or q_dtype],
     )
-    return Launches(parts, [nodes.ancestors, nodes.positions, nodes.starts, *constants], merge)
+
+    def launch(inputs: Sequence[mx.array], sinks: mx.array) -> mx.array:
+        out: mx.array = merge(inputs=[*parts(inputs=[*inputs, *rows]), sinks])[0]
+        return out
+
+    return launch
 
 
 def runs_shape(head_dim: int) -> bool:
