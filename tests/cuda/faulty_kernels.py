@@ -28,8 +28,9 @@ def faulty(module, tmp_path, right, wrong):
 def plant(monkeypatch, owner, name, right, wrong):
     """Put another expression into a function, for all that have imported it."""
     function, made = getattr(owner, name), {}
-    source = inspect.getsource(function)
+    source = dedent(inspect.getsource(function))
     assert right in source
-    text = "from __future__ import annotations\n" + dedent(source.replace(right, wrong))
+    undecorated = source[source.index("def ") :].replace(right, wrong)
+    text = "from __future__ import annotations\n" + undecorated
     exec(text, function.__globals__, made)
     monkeypatch.setattr(function, "__code__", made[name].__code__)

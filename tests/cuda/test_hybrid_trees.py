@@ -1,5 +1,7 @@
 """Trees of hybrid targets as functions of tensors, and faults that the check at load refuses."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from parts import use_models
@@ -24,6 +26,7 @@ from families import cuda as families
 from faulty_kernels import plant
 from parts import load_with_parts
 from replayed_graphs import ReplayedGraphs, fix_addresses
+from transformers.models.granitemoehybrid import modeling_granitemoehybrid as granite
 from treeflash_cuda import recurrence, recurrent_states, target_loading
 from treeflash_cuda.backend import CudaBackend, load
 from treeflash_cuda.cpu.decoder_target import CpuTarget
@@ -210,10 +213,7 @@ OF_DELTA = {
     ),
     "chains that run as text": (CpuTarget, "run_rows", "n, tree,", f"n, {TREE_OF_CHAINS},"),
 }
-OF_MAMBA = {
-    "a state that counts twice": (recurrence, "linear_rule", "* q)", "* 2 * q)"),
-    "a step in place": (HybridCache, "get_recurrent_state", "state = state.clone()", "state"),
-}
+OF_MAMBA = {"a state that counts twice": (recurrence, "linear_rule", "* q)", "* 2 * q)")}
 CHAINS_AS_TEXT = ModelPasses, "new_cache", "tree, mask)", f"{TREE_OF_CHAINS}, mask)"
 
 
@@ -233,6 +233,17 @@ def test_a_fault_is_refused_at_load(pairs, monkeypatch, family, fault):
     plant(monkeypatch, *fault)
     with pytest.raises(UnsupportedModelError, match="speculative output would differ"):
         load(*pairs[family], CPU)
+
+
+def test_a_step_in_place_is_refused_at_load(pairs, monkeypatch):
+    """Since transformers 5.25 Mamba-2 copies the state before a step; earlier versions do not."""
+    name, in_place = "mamba2_scan_forward", ("recurrent_state.clone()", "recurrent_state")
+    scan = hybrid.function_of_file(getattr(granite, name), vars(granite))
+    plant(monkeypatch, SimpleNamespace(**{name: scan}), name, *in_place)
+    load(*pairs[MAMBA], CPU)
+    plant(monkeypatch, HybridCache, "get_recurrent_state", "state = state.clone()", "state")
+    with pytest.raises(UnsupportedModelError, match="speculative output would differ"):
+        load(*pairs[MAMBA], CPU)
 
 
 def own_attention(config):

@@ -11,17 +11,18 @@ There are two kinds of passes:
   states in the slots of an arena, with shapes that a CUDA graph can have.
 
 The `forward` of a mixer finds its convolution and its recurrence under names that the modules of
-all models share. Each mixer gets a copy of its `forward`, whose globals have the hooks of this
-module under those names: no module and no class is changed. For the next tokens of a sequence, and
-outside of such a pass, the hooks call the model's own functions, so that installed kernels serve
-prompts and plain decoding.
+all models share; since transformers 5.25 it finds some of them through a helper function of the
+same file. Each mixer gets a copy of its `forward`, and of such helpers, whose globals have the
+hooks of this module under those names: no module and no class is changed. For the next tokens of a
+sequence, and outside of such a pass, the hooks call the model's own functions, so that installed
+kernels serve prompts and plain decoding.
 
 Why a copy. transformers has a registry of attention, but none of recurrences. Its hooks for kernels
-need a package and change a function for all models of the process, and a `forward` of our own for
-each mixer would be as much code as those of transformers. Layers of our own, which copy nothing,
-have gated delta nets alone. This way also serves Mamba-2 (bamba, falcon_h1, granitemoehybrid,
-mamba2, nemotron_h, zamba2), short convolutions (lfm2, lfm2_moe, lfm3), olmo_hybrid and lara_mini;
-and Qwen's gated delta nets with images, in training, and where flash-linear-attention runs them.
+change a function for all models of the process, and a `forward` of our own for each mixer would be
+as much code as those of transformers. Layers of our own, which copy nothing, have gated delta nets
+alone. This way also serves Mamba-2 (bamba, falcon_h1, granitemoehybrid, mamba2, nemotron_h,
+zamba2), short convolutions (lfm2, lfm2_moe, lfm3), olmo_hybrid and lara_mini; and Qwen's gated
+delta nets with images, in training, and where flash-linear-attention runs them.
 """
 
 from __future__ import annotations
@@ -121,6 +122,10 @@ class RecurrentCache(TreeCache):
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Return None: the hooks have the states."""
         return None
+
+    def get_recurrent_states_to_keep(self, layer_idx: int | None = None) -> int:
+        """Return 0: the hooks keep what commits need."""
+        return 0
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any
@@ -312,26 +317,42 @@ _RUNNING: ContextVar[RecurrentCache | None] = ContextVar("hybrid_cache", default
 """The cache of the current forward pass."""
 
 
-def names_in_forward(module: nn.Module) -> set[str]:
-    """Return the names of functions and attributes that a module's `forward` uses."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return set() if code is None else set(code.co_names)
+def copy_with_hooks(
+    function: FunctionType, hooks: Mapping[str, Callable[..., Any]], *, helpers: bool = True
+) -> tuple[FunctionType, set[str]]:
+    """Copy a function that calls hooks; also return the names of the functions that they replace.
 
-
-def forward_with(
-    module: nn.Module, functions: Mapping[str, Callable[..., Any]]
-) -> tuple[Callable[..., Any], set[str]]:
-    """Copy a module's `forward` that calls other functions, and the names of those that it finds.
-
-    Each of `functions` replaces the global with its name, which it gets as its first argument.
+    Each of `hooks` replaces the global with its name, which it gets as its first argument. With
+    `helpers`, functions of the same file that would call such a global are replaced by copies, too.
     """
-    forward: Any = inspect.unwrap(type(module).forward)
-    used = names_in_forward(module) & functions.keys() & forward.__globals__.keys()
-    changed = {name: partial(functions[name], forward.__globals__[name]) for name in used}
-    rest = forward.__name__, forward.__defaults__, forward.__closure__
-    copy = FunctionType(forward.__code__, {**forward.__globals__, **changed}, *rest)
-    copy.__kwdefaults__ = forward.__kwdefaults__
-    return MethodType(copy, module), used
+    names = function.__globals__
+    changed: dict[str, Any] = {}
+    replaced: set[str] = set()
+    for name in names.keys() & function.__code__.co_names:
+        if name in hooks:
+            changed[name] = partial(hooks[name], names[name])
+            replaced.add(name)
+        elif helpers and (helper := function_of_file(names[name], names)) is not None:
+            copied, behind = copy_with_hooks(helper, hooks, helpers=False)
+            if behind:
+                changed[name] = copied
+                replaced |= behind
+    rest = function.__name__, function.__defaults__, function.__closure__
+    copy = FunctionType(function.__code__, {**names, **changed}, *rest)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy, replaced
+
+
+def function_of_file(value: Any, names: dict[str, Any]) -> FunctionType | None:
+    """Return the function behind a global, if it is of the file whose globals are `names`.
+
+    The decorators of the package `kernels`, which transformers needs, make a module of a function.
+    """
+    behind = [value]
+    if isinstance(value, nn.Module):
+        behind = [*inspect.getclosurevars(type(value).forward).nonlocals.values()]
+    functions = (x for x in behind if isinstance(x, FunctionType) and x.__globals__ is names)
+    return next(functions, None)
 
 
 def hook_recurrent_layers(model: nn.Module) -> dict[int, set[str]]:
@@ -339,9 +360,13 @@ def hook_recurrent_layers(model: nn.Module) -> dict[int, set[str]]:
     hooked: dict[int, set[str]] = {}
     for module in model.modules():
         layer: Any = getattr(module, "layer_idx", None)
-        if layer is not None and not HOOKS.keys().isdisjoint(names_in_forward(module)):
-            hooks = {name: partial(hook, layer) for name, hook in HOOKS.items()}
-            module.forward, names = forward_with(module, hooks)
+        forward = inspect.unwrap(type(module).forward)
+        if layer is None or not isinstance(forward, FunctionType):
+            continue
+        hooks = {name: partial(hook, layer) for name, hook in HOOKS.items()}
+        copy, names = copy_with_hooks(forward, hooks)
+        if names:
+            module.forward = MethodType(copy, module)
             hooked.setdefault(layer, set()).update(names)
     return hooked
 
