@@ -178,7 +178,7 @@ def refuse_unknown_layers(model: Any, hooked: Mapping[int, set[str]]) -> None:
     if hooked:  # `Target` checks the attention of hybrid models when it replaces it
         return
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if getattr(model, "_is_stateful", False) or kinds & RECURRENT_LAYERS:
+    if kinds & RECURRENT_LAYERS:
         raise UnsupportedModelError(refusal(model.config.model_type))
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModelError(refusal(model.config.model_type, FIXED_ATTENTION))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
 from treeflash_cuda.backend import CudaBackend
+from treeflash_cuda.target import RECURRENT_LAYERS
 from treeflash_cuda.target_loading import load_target
 
 from treeflash.config import LoadConfig
@@ -119,8 +120,9 @@ def plain_logits(model: Any) -> NDArray[np.float32]:
     Some of them limit the steps of a prompt's tokens, and not the steps of decoding.
     """
     token_ids = torch.tensor([TOKENS])
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     with torch.inference_mode():
-        if not getattr(model, "_is_stateful", False):
+        if RECURRENT_LAYERS.isdisjoint(kinds):
             return model(token_ids).logits[0, -1].numpy()
         before = model(token_ids[:, :-1], use_cache=True)
         names = [name for name in ("cache", "past_key_values", "cache_params") if name in before]
