@@ -263,6 +263,10 @@ def kernel_of_unknown_size(cache, conv_states, layer_idx, **_):
     return update_conv_state(cache, conv_states, layer_idx)
 
 
+def unknown_to_model(cache, layer_idx):
+    raise IndexError("list index out of range")
+
+
 @pytest.mark.sample(None)
 @pytest.mark.parametrize(
     ("owner", "name", "unsupported", "reason"),
@@ -277,6 +281,12 @@ def kernel_of_unknown_size(cache, conv_states, layer_idx, **_):
         ),
         (hybrid, "HOOKS", without("torch_chunk_gated_delta_rule"), "the recurrence of layer 0"),
         (RecurrentCache, "update_conv_state", kernel_of_unknown_size, "the convolution's kernel"),
+        (
+            RecurrentCache,
+            "get_recurrent_states_to_keep",
+            unknown_to_model,
+            r"does not know these layers of transformers 5.* \(list index out of range\)$",
+        ),
         (model_target, "tree_attention", own_attention, "do not support other attention functions"),
     ],
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from treeflash.decoding.tree import DraftTree
 from treeflash.errors import (
     TreeflashError,
     UnsupportedModelError,
+    first_line,
     is_device_lost,
     is_of_earlier_work,
     is_out_of_memory,
@@ -72,7 +73,7 @@ def check_trees(backend: Backend, seed: int = 0) -> None:
     """
     rng = np.random.default_rng(seed)
     smallest = np.full(2, np.inf)
-    with _errors_of_model(backend, "a draft tree"):
+    with _errors_on(backend, "a draft tree"):
         for _ in range(ATTEMPTS[backend.dtype]):
             on_tree, after_tree, context = commit_differences(backend, rng)
             on_tree = max(on_tree, tree_difference(backend, rng))
@@ -180,7 +181,7 @@ def check_images(backend: Backend, sample: ImageSample, other: ImageSample) -> N
             session.extend(sample.token_ids[session.length : end], images=images)
         return session
 
-    with _errors_of_model(backend, "an image"):
+    with _errors_on(backend, "an image"):
         with after(sample.images, len(prefix)) as session:
             on_tree = session.logits(tree)
         with after(other.images, len(prefix)) as session:
@@ -324,30 +325,36 @@ def relative_difference(logits: NDArray[np.float32], expected: NDArray[np.float3
     return float(np.sqrt(np.mean((logits - expected) ** 2)) / expected.std())
 
 
+def _errors_on(backend: Backend, what: str) -> AbstractContextManager[None]:
+    """See `errors_of_model`."""
+    package = type(backend).__module__.split(".")[0]
+    message = f"the {backend.name} backend cannot run this target on {what}; method ar still works"
+    return errors_of_model(package, message)
+
+
 @contextmanager
-def _errors_of_model(backend: Backend, what: str) -> Iterator[None]:
-    """Turn an error of the target's own code on a tree, say, into an UnsupportedModelError."""
+def errors_of_model(package: str, message: str) -> Iterator[None]:
+    """Turn an error of the target's own code into an UnsupportedModelError with a message.
+
+    Errors of treeflash or of the backend, whose package is given, are bugs and stay what they are.
+    """
     try:
         yield
     except TreeflashError:
         raise
     except Exception as error:
         of_device = is_out_of_memory(error) or is_device_lost(error) or is_of_earlier_work(error)
-        if of_device or not _raised_by_model(error, backend):
+        if of_device or not _raised_by_model(error, package):
             raise
-        raise UnsupportedModelError(
-            f"the {backend.name} backend cannot run this target on {what} ({error}); "
-            "method ar still works"
-        ) from error
+        raise UnsupportedModelError(f"{message} ({first_line(error)})") from error
 
 
-def _raised_by_model(error: Exception, backend: Backend) -> bool:
-    """Return whether an error comes from a model's own code, and not from treeflash or the backend.
+def _raised_by_model(error: Exception, package: str) -> bool:
+    """Return whether an error comes from neither treeflash nor the backend's package.
 
-    The innermost frame outside the numerical frameworks decides. An error of the backend's own code
-    is a bug, not a property of the model.
+    The innermost frame outside the numerical frameworks decides.
     """
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     packages = [str(frame.f_globals.get("__name__")).split(".")[0] for frame in frames]
     innermost = next(name for name in reversed(packages) if name not in FRAMEWORKS)
-    return innermost not in {"treeflash", type(backend).__module__.split(".")[0]}
+    return innermost not in {"treeflash", package}

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers import __version__ as version
 from transformers.utils import logging
 
 from treeflash.config import LoadConfig
@@ -34,7 +35,13 @@ from treeflash.decoding.backend_base import arrays_nbytes
 from treeflash.decoding.families import ImageFamily, image_family, refusal
 from treeflash.decoding.image_processor import TOKEN_TYPES, Processor
 from treeflash.decoding.passed_checks import PassedChecks
-from treeflash.decoding.probe import INEXACT, TOLERANCE_FACTOR, TOLERANCES, ImageSample
+from treeflash.decoding.probe import (
+    INEXACT,
+    TOLERANCE_FACTOR,
+    TOLERANCES,
+    ImageSample,
+    errors_of_model,
+)
 from treeflash.drafters.adapter import SHARED_WEIGHT, merge_adapter
 from treeflash.drafters.folder import weight_files
 from treeflash.errors import (
@@ -435,9 +442,11 @@ class ModelTarget(ModelPasses):
             cache = self.new_cache([(state, range(CHECKED_TOKENS))], [None])
             positions = torch.arange(len(tokens), device=self.device)
             context = _ExaminedAttention([TokenBlock(0, positions, None)], cache)
+            of_version = f"treeflash does not know these layers of transformers {version}"
             try:
-                actual, _ = self.forward(tokens, context, cache, logits_to_keep=1)
-            except UnsupportedModelError as error:  # a layer raises it, and names no family
+                with errors_of_model("treeflash_cuda", of_version):
+                    actual, _ = self.forward(tokens, context, cache, logits_to_keep=1)
+            except UnsupportedModelError as error:  # it names no family
                 raise UnsupportedModelError(refusal(family, str(error))) from error
             if isinstance(cache, HybridCache):
                 state.restore_recurrent(cache.parts[0].writes.states_after(tokens))

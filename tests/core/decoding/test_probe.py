@@ -132,7 +132,9 @@ def test_a_crash_of_the_model_is_a_refusal_that_says_why(backend):
     def crash(tree):
         raise IndexError("two rows at once")
 
-    with pytest.raises(UnsupportedModelError, match=r"two rows at once.*method ar") as caught:
+    with pytest.raises(
+        UnsupportedModelError, match=r"method ar still works .two rows at once.$"
+    ) as caught:
         check_trees(broken(backend, mask=crash))
     assert isinstance(caught.value.__cause__, IndexError)
 
