@@ -112,7 +112,10 @@ def make_parser() -> Parser:
         help="relative share of each file of --prompts in the --limit (default: equal shares)",
     )
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="number of prompts to answer (default: all)"
+        "--limit",
+        type=int,
+        metavar="N",
+        help="number of prompts to answer; all turns of a conversation count once (default: all)",
     )
     parser.add_argument(
         "--output",
