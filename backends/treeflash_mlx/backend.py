@@ -180,7 +180,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     if config.exact and metal_kernels.runs_matrix_kernels():
         model.use_exact_kernels()
         model.processor = "exact mode on Metal takes no images"
-    prompts = {} if config.exact else prompt_layers(model.model)
+    prompts = {} if config.exact else prompt_layers(model.model, model.lm_head)
     choose_products(model.model, drafter_model, module)
     choose_shares(prompts)
     window = config.draft_window or DRAFT_WINDOW

@@ -38,11 +38,17 @@ WHOLE_ROWS = 32
 Layers: TypeAlias = Mapping[Shape, Sequence[Module]]
 
 
-def prompt_layers(model: nn.Module) -> Layers:
-    """Return the layers that multiply all rows of a prompt, by shape."""
+def prompt_layers(model: nn.Module, head: nn.Module | None = None) -> Layers:
+    """Return the layers that multiply all rows of a prompt, by shape.
+
+    The output `head` multiplies the last row alone. It is the largest layer by far: timing its
+    shares would take longer than timing all others, and gigabytes for its dequantised weight.
+    """
     found = {}
     for shape, modules in by_shape(model).items():
-        layers = [x for x in modules if isinstance(x, nn.Linear | nn.QuantizedLinear)]
+        layers = [
+            x for x in modules if isinstance(x, nn.Linear | nn.QuantizedLinear) and x is not head
+        ]
         if layers and shape[3] != mx.float32:
             found[shape] = layers
     return found

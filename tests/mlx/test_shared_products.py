@@ -83,6 +83,19 @@ def test_a_layer_in_float32_stays_on_the_gpu(metal):
     assert prompt_layers(nn.Sequential(layer(16, mx.float32), layer(4, mx.float32))) == {}
 
 
+def test_the_output_head_is_not_timed(tmp_path):
+    """It multiplies the last row of a prompt alone, and more rows take seconds on a small Mac."""
+    pair = write_pair(tmp_path, "qwen3", hidden_size=128, vocab_size=96, layers=1)
+    with recording(backend_module, "choose_shares") as calls:
+        backend = load(pair[0], None, LoadConfig(dtype="bfloat16"))
+    ((layers,),) = calls
+    timed = [module for modules in layers.values() for module in modules]
+    attention = backend.target.layers[0].self_attn
+    assert any(module is attention.q_proj for module in timed)
+    assert backend.target.lm_head is not None
+    assert all(module is not backend.target.lm_head for module in timed)
+
+
 def test_nothing_is_shared_without_metal():
     module = layer(4)
     choose_shares(prompt_layers(nn.Sequential(module)))

@@ -56,6 +56,9 @@ the number of the call."""
 Errors: TypeAlias = Callable[[str], Mapping[str, float]]
 """Measures relative errors of a variant of a kernel, by what was computed."""
 
+TIMED_ELSEWHERE = ("group_attention.py", "hybrid.py", "shared_products.py")
+"""Files outside of this folder that have what is timed: a kernel, a share, or a kernel's rival."""
+
 NOT_TIMED: Mapping[str, Candidate] = {}
 VERDICTS: dict[str, dict[str, str]] = {}
 """What `choose` decided in this process and why, by kernel with its shape, and by size."""
@@ -96,7 +99,7 @@ def padded(x: mx.array) -> mx.array:
 def kept_verdicts() -> KeptVerdicts:
     """Return the verdicts of earlier processes on this machine."""
     here = Path(__file__).parent
-    sources = sorted([*here.glob("*.py"), here.parent / "hybrid.py"])
+    sources = sorted([*here.glob("*.py"), *(here.parent / name for name in TIMED_ELSEWHERE)])
     return KeptVerdicts(file_of(cache_folder() / "kernels", sources))
 
 
