@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import count, product
 from threading import Event, current_thread
 from types import SimpleNamespace
@@ -310,6 +310,8 @@ class Device:
 
     @contextmanager
     def capture(self, _, *, stream, pool, capture_error_mode="global"):
+        if self.capturing is not None:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         before, self.stream = self.stream, stream
         self.pools.append(pool)
         self.capturing = current_thread(), capture_error_mode
@@ -402,6 +404,28 @@ def test_two_models_are_checked_one_after_the_other(device):
         second.result()
     assert not overlap
     assert device.mode == "default"
+
+
+def test_two_models_are_captured_one_after_the_other(device):
+    """One may be loaded while the other answers; PyTorch's captures wait for the whole device."""
+    begun, ended = Event(), Event()
+
+    def capture_slowly():
+        if device.capturing is not None:
+            begun.set()
+            assert ended.wait(60)
+
+    graphs = device.graphs(), device.graphs()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(double, graphs[0], before=capture_slowly)
+        assert begun.wait(60)
+        second = threads.submit(double, graphs[1])
+        with suppress(TimeoutError):
+            second.result(0.05)
+        ended.set()
+        first.result()
+        second.result()
+    assert [x.captures for x in graphs] == [1, 1]
 
 
 def test_a_capture_runs_between_what_was_queued_and_what_follows(device):
