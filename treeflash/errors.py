@@ -87,6 +87,8 @@ DEVICE_LOST = (
     "restart torchrun",
 )
 """Parts of messages after which a device refuses all further work of the process."""
+CAPTURE_FAILED = ("captur",)
+"""What CUDA's errors about the capture of a graph have in common; the device still works then."""
 FAILED_EARLIER = (
     # MLX keeps the error of a command buffer, and the next call that needs the GPU raises it
     "[metal] command buffer",
@@ -101,7 +103,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def is_device_lost(error: Exception) -> bool:
     """Return whether the device refuses all further work, so that only a new process can go on."""
-    return _says(error, DEVICE_LOST) and not is_out_of_memory(error)
+    is_lost = _says(error, DEVICE_LOST) and not _says(error, CAPTURE_FAILED)
+    return is_lost and not is_out_of_memory(error)
 
 
 def is_of_earlier_work(error: Exception) -> bool:

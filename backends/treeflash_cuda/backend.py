@@ -474,6 +474,11 @@ def check_config(config: LoadConfig, name: str = "cuda") -> None:
         raise ConfigError(f"the drafter cannot be rounded to {config.draft_bits} bits: {reason}")
     if config.memory_gb is not None and runs_on_cpu(config):
         raise ConfigError("the cuda backend sets no memory aside on a CPU; remove memory_gb")
+    if config.bits in BITS and not runs_on_cpu(config):
+        raise ConfigError(
+            f"weights cannot be rounded to {config.bits} bits on a GPU; choose a target that is "
+            "quantised already, as in GPTQ, AWQ or FP8, or remove bits"
+        )
     if config.bits in BITS and (reason := bits_refusal(config)) is not None:
         reason = reason or "they need exact mode on a CPU, without an adapter"
         raise ConfigError(f"weights cannot be rounded to {config.bits} bits: {reason}")

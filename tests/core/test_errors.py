@@ -28,6 +28,18 @@ OUT_OF_MEMORY = (
     "[metal::malloc] Resource limit (499000) exceeded.",
 )
 OTHER = ("mat1 and mat2 shapes cannot be multiplied", "NVIDIA driver on your system is too old")
+# As CUDA 13.2 words its errors 900 to 908.
+CAPTURES = (
+    "operation not permitted when stream is capturing",
+    "operation failed due to a previous error during capture",
+    "operation would result in a merge of separate capture sequences",
+    "capture was not ended in the same stream as it began",
+    "capturing stream has unjoined work",
+    "dependency created on uncaptured work in another stream",
+    "operation would make the legacy stream depend on a capturing blocking stream",
+    "operation not permitted on an event last recorded in a capturing stream",
+    "attempt to terminate a thread-local capture sequence from another thread",
+)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +48,8 @@ OTHER = ("mat1 and mat2 shapes cannot be multiplied", "NVIDIA driver on your sys
         *((message, True, False) for message in LOST),
         *((message, False, True) for message in OUT_OF_MEMORY),
         *((message, False, False) for message in OTHER),
+        *((f"CUDA error: {message}", False, False) for message in CAPTURES),
+        (f"Triton Error [CUDA]: {CAPTURES[0]}", False, False),
     ],
 )
 def test_a_fault_of_a_gpu_loses_the_device_and_a_failed_allocation_is_memory_alone(

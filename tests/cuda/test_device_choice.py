@@ -15,7 +15,7 @@ import treeflash
 from treeflash import command
 from treeflash.config import LoadConfig
 from treeflash.decoding.verify_costs import cost_file
-from treeflash.errors import BackendError, CPUBuildError
+from treeflash.errors import BackendError, ConfigError, CPUBuildError
 from treeflash.hub.identity import pair_identity
 from treeflash.testing import require
 from treeflash.testing.models import edit_config, write_pair
@@ -231,6 +231,13 @@ def test_devices_that_are_not_there_are_refused(name, see_gpus):
     see_gpus(2)
     with pytest.raises(BackendError, match=name):
         choose_device(name)
+
+
+def test_weights_are_not_rounded_on_a_gpu(tmp_path, see_gpus):
+    see_gpus(1)
+    reason = r"^weights cannot be rounded to 4 bits on a GPU; choose a target that is quantised"
+    with pytest.raises(ConfigError, match=reason):
+        load(tmp_path, None, LoadConfig(bits=4))
 
 
 def test_a_device_is_chosen_by_number(see_gpus):

@@ -44,6 +44,7 @@ from transformers.utils import logging as transformers_logging
 from treeflash_cuda.backend import load
 from treeflash_cuda.cpu import low_bit_loading
 from treeflash_cuda.hf import model_target
+from treeflash_cuda.hf.attention_contexts import is_attending
 from treeflash_cuda.hf.model_target import add_adapter, load_model
 from treeflash_cuda.target import read_model_config
 from treeflash_cuda.verifier import FIRST_CHUNK
@@ -349,6 +350,20 @@ def patch_attention(monkeypatch, folder, change):
 def test_layers_that_attend_without_a_mask_are_refused(tmp_path, monkeypatch):
     patch_attention(monkeypatch, tmp_path, lambda _: None)
     with pytest.raises(UnsupportedModelError, match=r"^starcoder2 models compute attention in a"):
+        load(tmp_path, None, CPU)
+
+
+def test_logits_that_only_the_replaced_attention_loses_are_refused(tmp_path, monkeypatch):
+    families.write(tmp_path, "starcoder2")
+    layer = modeling_starcoder2.Starcoder2Attention
+    forward = layer.forward
+
+    def lose(self, *args, **options):
+        output, weights = forward(self, *args, **options)
+        return output * torch.nan if is_attending() else output, weights
+
+    stand_in(monkeypatch, layer, forward=lose)
+    with pytest.raises(UnsupportedModelError, match=r"^starcoder2 .* of the logits: inf"):
         load(tmp_path, None, CPU)
 
 

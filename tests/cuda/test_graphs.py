@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import count, product
 from threading import Event, current_thread
 from types import SimpleNamespace
@@ -178,14 +178,15 @@ def test_memory_that_runs_out_during_a_capture_drops_the_other_graphs(graphs, mo
 @pytest.mark.filterwarnings("error")
 def test_replays_and_failures_are_counted_by_function(graphs):
     """A size that cannot be captured stops no other ones of a function that has graphs."""
-    graphs.errors[4] = RuntimeError("operation not permitted\nwhen capturing")
+    reason = "CUDA error: operation not permitted when stream is capturing"
+    graphs.errors[4] = RuntimeError(f"{reason}\nSearch for `cudaErrorStreamCaptureUnsupported'")
     for rows in (4, 4, 2, 2):
         double(graphs, rows)
     double(graphs, 2, name="another")
     assert graphs.replays == {"doubling": 2, "another": 1}
     for _ in range(2):
         double(graphs, 4)
-    reason = "doubling runs without CUDA graphs for some of its inputs: operation not perm"
+    reason = f"doubling runs without CUDA graphs for some of its inputs: {reason}"
     with pytest.warns(UserWarning, match=reason):
         double(graphs, 4)
     tried = len(graphs.tried)
@@ -305,10 +306,12 @@ class Device:
         """Take memory from the driver, which spoils captures: in some modes of any thread."""
         thread, mode = self.capturing or (None, "relaxed")
         if mode == "global" or (mode == "thread_local" and thread is current_thread()):
-            self.error = "operation failed due to a previous error during capture"
+            self.error = "CUDA error: operation failed due to a previous error during capture"
 
     @contextmanager
     def capture(self, _, *, stream, pool, capture_error_mode="global"):
+        if self.capturing is not None:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         before, self.stream = self.stream, stream
         self.pools.append(pool)
         self.capturing = current_thread(), capture_error_mode
@@ -347,11 +350,11 @@ def test_garbage_is_collected_again_if_it_was(enabled):
 def test_the_stream_and_the_pool_of_a_failed_capture_are_left(device):
     """PyTorch before 2.15 does not leave them itself."""
     before, graphs = device.stream, device.graphs()
-    device.error = "operation not permitted when capturing"
+    device.error = "CUDA error: operation not permitted when stream is capturing"
     for _ in range(2):
         double(graphs)
         assert device.stream is before
-    assert graphs.verdicts["doubling"] == "operation not permitted when capturing"
+    assert graphs.verdicts["doubling"] == device.error
     assert len(set(device.pools)) == 2
 
 
@@ -401,6 +404,28 @@ def test_two_models_are_checked_one_after_the_other(device):
         second.result()
     assert not overlap
     assert device.mode == "default"
+
+
+def test_two_models_are_captured_one_after_the_other(device):
+    """One may be loaded while the other answers; PyTorch's captures wait for the whole device."""
+    begun, ended = Event(), Event()
+
+    def capture_slowly():
+        if device.capturing is not None:
+            begun.set()
+            assert ended.wait(60)
+
+    graphs = device.graphs(), device.graphs()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(double, graphs[0], before=capture_slowly)
+        assert begun.wait(60)
+        second = threads.submit(double, graphs[1])
+        with suppress(TimeoutError):
+            second.result(0.05)
+        ended.set()
+        first.result()
+        second.result()
+    assert [x.captures for x in graphs] == [1, 1]
 
 
 def test_a_capture_runs_between_what_was_queued_and_what_follows(device):

@@ -45,6 +45,7 @@ WARM_UP = 3
 WAITS = "called a synchronizing CUDA operation"
 """PyTorch's words for a host that waits for the device."""
 _checking = Lock()  # the mode in which PyTorch says so, and filters of warnings, are the process's
+_capturing = Lock()  # a capture begins with a wait for the device, which another one forbids
 
 Key: TypeAlias = tuple[str, Hashable, Hashable]
 """The name of a function, its settings, and the shapes and dtypes of its inputs."""
@@ -224,6 +225,7 @@ class Graphs:
             # capture.
             try:
                 with (
+                    _capturing,
                     torch.cuda.stream(current),
                     torch.cuda.graph(
                         graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
