@@ -212,6 +212,23 @@ def test_options_that_do_not_fit_the_target_are_named_before_it_is_loaded(
         train_steps(weightless, tmp_path / "out", responses, **changes)
 
 
+@pytest.mark.sample(None)
+@pytest.mark.parametrize(
+    ("token_ids", "mask"),
+    [
+        ({"pad_token_id": -1, "eos_token_id": [7, 8]}, 7),
+        ({"pad_token_id": None, "eos_token_id": [], "bos_token_id": 5}, 5),
+        ({"pad_token_id": None, "eos_token_id": TINY_VOCAB, "bos_token_id": None}, 0),
+    ],
+)
+def test_a_new_drafters_mask_is_a_token_of_the_vocabulary(token_ids, mask, target, tmp_path):
+    """Published configurations have such values where a model has no token for a role."""
+    folder = shutil.copytree(target, tmp_path / "target")
+    edit_config(folder, lambda config: config.update(token_ids))
+    train_steps(folder, tmp_path / "out", steps=1)
+    assert drafter_config(tmp_path / "out").mask_token_id == mask
+
+
 def test_dropped_responses_are_counted(target, responses, tmp_path):
     dropped = texts_of((1, 1), (30, 3), (29, 3))
     held_out = [*dropped[:1], *responses[:2]]
@@ -618,6 +635,16 @@ def test_all_processes_resume_from_the_state_that_the_first_one_puts_back(folder
 
     with closing(TrainingRun(folder, Process(), {}, "")) as run:
         assert run.resume() == 2
+
+
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_cached_features_that_were_cut_short_are_computed_again(kept, steps, folder):
+    assert steps(cache_gb=1, stop=2) == [1, 2]
+    (shard,) = folder.glob("features/*/*.safetensors")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: int(kept * len(whole))])
+    assert steps(cache_gb=1) == [3, 4, 5, 6]
+    assert shard.read_bytes() == whole
 
 
 def test_tensorboard_shows_each_step_once(steps, folder):

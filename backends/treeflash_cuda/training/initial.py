@@ -164,7 +164,7 @@ def _new_settings(config: TrainConfig, target: ModelTarget) -> dict[str, Any]:
     attention = getattr(target.layers[0], "self_attn", None)
     bias = getattr(getattr(attention, "q_proj", None), "bias", None) is not None
     given = config.mask_token_id
-    mask_token_id = _mask_token(target_config) if given is None else given
+    mask_token_id = _mask_token(target_config, target.vocab_size) if given is None else given
     rope = getattr(target_config, "rope_parameters", None) or {"rope_theta": 10000.0}
     if any(isinstance(value, dict) for value in rope.values()):  # a table for each kind of layer
         rope = rope.get("full_attention") or next(iter(rope.values()))
@@ -191,11 +191,15 @@ def _new_settings(config: TrainConfig, target: ModelTarget) -> dict[str, Any]:
     }
 
 
-def _mask_token(config: Any) -> int:
-    names = ("pad_token_id", "eos_token_id", "bos_token_id")
-    token_ids = (getattr(config, name, None) for name in names)
-    token_id = next((x for x in token_ids if x is not None), 0)
-    return int(token_id[0] if isinstance(token_id, list) else token_id)
+def _mask_token(config: Any, vocab_size: int) -> int:
+    """Return the first token with a role that is in the vocabulary: some files have -1, or []."""
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        value = getattr(config, name, None)
+        token_ids = value if isinstance(value, list) else [value]
+        for token_id in token_ids:
+            if token_id is not None and 0 <= token_id < vocab_size:
+                return int(token_id)
+    return 0
 
 
 def initial_drafter(
