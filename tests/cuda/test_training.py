@@ -91,6 +91,17 @@ def test_layers_of_another_form_are_not_copied(tmp_path, family):
         initial(tmp_path, family, layers=1)
 
 
+@pytest.mark.sample(None)
+@pytest.mark.parametrize(
+    ("family", "theta"), [("beam", 10_000), ("cohere2_moe", 10_000), ("lfm3", 1_000_000)]
+)
+def test_a_target_need_not_have_all_settings_of_a_drafter(family, theta, tmp_path):
+    """Some layers without rotary embeddings, layer norms, and embeddings that no drafter has."""
+    _, drafter, _ = initial(tmp_path, family, init="random", layers=1)
+    inv_freq = drafter.config.inv_freq
+    assert inv_freq[1] == pytest.approx(theta ** (-1 / len(inv_freq)))
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_a_run_starts_with_layers_that_compute_what_they_did_in_the_target(tmp_path, family):
     """With biases, which norms do not scale, and with norms of queries and keys.
