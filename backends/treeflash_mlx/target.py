@@ -89,6 +89,15 @@ SAME_ACTIVATIONS = {
 """Other names of an activation."""
 
 
+HEAD = "lm_head.weight"
+TABLES = (
+    "model.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight",
+)
+"""Names of the output head and of the embeddings in a folder."""
+
+
 def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) -> nn.Module:
     """Load the model of a Hugging Face folder; a `dtype` of None keeps the weights' dtype.
 
@@ -103,7 +112,7 @@ def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) 
         settings = compatible_settings(config)
         if (mlx_type := family_of(config.get("model_type")).mlx_type) is not None:
             settings["model_type"] = mlx_type
-        if "tie_word_embeddings" not in config and "lm_head.weight" in stored_tensors(folder):
+        if has_own_head(folder, config):
             # Most models of mlx-lm would use the embeddings instead, or ask for the setting.
             settings["tie_word_embeddings"] = False
         model, _ = utils.load_model(
@@ -124,6 +133,22 @@ def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) 
         reason = shorten(str(error) or type(error).__name__, 300)
         raise CheckpointError(f"mlx-lm cannot load {folder}: {reason}") from error
     return model
+
+
+def has_own_head(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Return whether a folder has an output head, though its configuration does not say so.
+
+    As in transformers, a head counts that is stored beside tied embeddings and is unlike them.
+    """
+    tensors = stored_tensors(folder)
+    if HEAD not in tensors or config.get("tie_word_embeddings") is False:
+        return False
+    table = next((name for name in TABLES if name in tensors), None)
+    if table is None or "tie_word_embeddings" not in config:
+        return True
+    files: list[Any] = [mx.load(str(tensors[name].path)) for name in (HEAD, table)]  # lazily
+    own, tied = files[0][HEAD], files[1][table]
+    return own.shape != tied.shape or not mx.array_equal(own, tied).item()
 
 
 def refuse_ignored_activation(config: Mapping[str, Any]) -> None:

@@ -530,6 +530,15 @@ def test_tensors_with_other_names_keep_the_model_of_transformers(tmp_path):
     assert facts["layers of the target"] == "transformers, because its tensors have other names"
 
 
+def test_a_copy_of_tied_embeddings_in_the_file_is_not_kept(tmp_path):
+    write_target(tmp_path, "llama", seed=1, tied=True)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, tmp_path / "model.safetensors")
+    target = load_pair(tmp_path).target
+    assert target.lm_head_weight.data_ptr() == target.embeddings.data_ptr()
+
+
 def test_a_file_that_changes_later_changes_no_weight(tmp_path):
     write_target(tmp_path, "llama", seed=1, tied=True)
     backend = load_pair(tmp_path)

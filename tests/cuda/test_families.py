@@ -37,6 +37,7 @@ require("torch")
 import torch
 from families import cuda as families
 from families import write_pair as write_family_pair
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, DogeConfig
 from transformers.models.starcoder2 import modeling_starcoder2
@@ -395,6 +396,24 @@ def test_a_package_that_quantised_weights_need_is_named(tmp_path, monkeypatch):
     edit_config(tmp_path, lambda config: config.update(scheme))
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(UnsupportedModelError, match=r"a package that is not installed \(.*torchao"):
+        load(tmp_path, None, CPU)
+
+
+@pytest.mark.sample(None)
+@pytest.mark.parametrize("method", [None, "modelopt"])
+def test_quantised_weights_whose_scales_are_not_read_are_refused(method, tmp_path):
+    """As NVIDIA publishes them: `hf_quant_config.json` describes them, or a method of its own."""
+    write_target(tmp_path, "llama", seed=1)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in stored if "_proj." in name]:
+        scale = stored[name].abs().max() / 448
+        stored[name] = (stored[name] / scale).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale"] = scale
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if method is not None:
+        scheme = {"quantization_config": {"quant_method": method, "quant_algo": "FP8"}}
+        edit_config(tmp_path, lambda config: config.update(scheme))
+    with pytest.raises(UnsupportedModelError, match=r"read their scales \(model\..*weight_scale\)"):
         load(tmp_path, None, CPU)
 
 

@@ -91,6 +91,17 @@ def test_layers_of_another_form_are_not_copied(tmp_path, family):
         initial(tmp_path, family, layers=1)
 
 
+@pytest.mark.sample(None)
+@pytest.mark.parametrize(
+    ("family", "theta"), [("beam", 10_000), ("cohere2_moe", 10_000), ("lfm3", 1_000_000)]
+)
+def test_a_target_need_not_have_all_settings_of_a_drafter(family, theta, tmp_path):
+    """Some layers without rotary embeddings, layer norms, and embeddings that no drafter has."""
+    _, drafter, _ = initial(tmp_path, family, init="random", layers=1)
+    inv_freq = drafter.config.inv_freq
+    assert inv_freq[1] == pytest.approx(theta ** (-1 / len(inv_freq)))
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_a_run_starts_with_layers_that_compute_what_they_did_in_the_target(tmp_path, family):
     """With biases, which norms do not scale, and with norms of queries and keys.
@@ -210,6 +221,23 @@ def test_options_that_do_not_fit_the_target_are_named_before_it_is_loaded(
     shutil.copytree(target, weightless, ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(ConfigError, match=message):
         train_steps(weightless, tmp_path / "out", responses, **changes)
+
+
+@pytest.mark.sample(None)
+@pytest.mark.parametrize(
+    ("token_ids", "mask"),
+    [
+        ({"pad_token_id": -1, "eos_token_id": [7, 8]}, 7),
+        ({"pad_token_id": None, "eos_token_id": [], "bos_token_id": 5}, 5),
+        ({"pad_token_id": None, "eos_token_id": TINY_VOCAB, "bos_token_id": None}, 0),
+    ],
+)
+def test_a_new_drafters_mask_is_a_token_of_the_vocabulary(token_ids, mask, target, tmp_path):
+    """Published configurations have such values where a model has no token for a role."""
+    folder = shutil.copytree(target, tmp_path / "target")
+    edit_config(folder, lambda config: config.update(token_ids))
+    train_steps(folder, tmp_path / "out", steps=1)
+    assert drafter_config(tmp_path / "out").mask_token_id == mask
 
 
 def test_dropped_responses_are_counted(target, responses, tmp_path):
@@ -618,6 +646,16 @@ def test_all_processes_resume_from_the_state_that_the_first_one_puts_back(folder
 
     with closing(TrainingRun(folder, Process(), {}, "")) as run:
         assert run.resume() == 2
+
+
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_cached_features_that_were_cut_short_are_computed_again(kept, steps, folder):
+    assert steps(cache_gb=1, stop=2) == [1, 2]
+    (shard,) = folder.glob("features/*/*.safetensors")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: int(kept * len(whole))])
+    assert steps(cache_gb=1) == [3, 4, 5, 6]
+    assert shard.read_bytes() == whole
 
 
 def test_tensorboard_shows_each_step_once(steps, folder):

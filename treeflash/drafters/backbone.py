@@ -16,6 +16,8 @@ from treeflash.errors import CheckpointError
 MAX_BLOCK_SIZE = 4096
 """Slots of a block; drafters have 7 to 16. More would exhaust the memory."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""The rotary embeddings that drafters may have."""
 KEYS = frozenset(
     (  # noqa: SIM905
         "attention_bias head_dim hidden_act hidden_size intermediate_size layer_types "
@@ -251,8 +253,9 @@ def inverse_frequencies(
             return _yarn(plain, parameters, base, head_dim)
     except KeyError as error:
         raise CheckpointError(f"rope type {kind!r} needs {error} in config.json") from error
+    *first, last = ROPE_TYPES
     raise CheckpointError(
-        f"rope type {kind!r} is not supported; supported are default, linear, llama3 and yarn"
+        f"rope type {kind!r} is not supported; supported are {', '.join(first)} and {last}"
     )
 
 

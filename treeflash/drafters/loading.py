@@ -37,6 +37,8 @@ Dequantise: TypeAlias = Callable[[Path, Mapping[str, StoredTensor]], Mapping[str
 """Reads the numbers of weights that MLX has quantised, by stored name, from a safetensors file."""
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "d2t")
 """Tensors of a drafter's own embeddings, output head, and vocabulary."""
+MASK_EMBEDDING = "mask_embedding.pt"
+"""The file of a drafter whose mask is no token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +143,8 @@ def drafter_config(folder: Path) -> DrafterConfig:
 def explained(folder: Path, find: Callable[[], Format]) -> Iterator[None]:
     """Make errors of a configuration errors for users; `find` finds the folder's format."""
     path = folder / "config.json"
-    if (folder / "mask_embedding.pt").exists():
-        raise CheckpointError(f"{folder} has a mask_embedding.pt, which is not supported")
+    if (folder / MASK_EMBEDDING).exists():
+        raise CheckpointError(f"{folder} has a {MASK_EMBEDDING}, which is not supported")
     try:
         yield
     except KeyError as error:

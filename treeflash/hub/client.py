@@ -17,12 +17,14 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined, unused-ignore
     RepositoryNotFoundError,
 )
 
+from treeflash.drafters.loading import MASK_EMBEDDING
 from treeflash.errors import CheckpointError, first_line
 from treeflash.hub.disk import disk_problem
 from treeflash.hub.gguf_names import choose_model
 
-FETCHED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-"""Weights, configuration and tokenizer; no pickles and no code."""
+FETCHED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", MASK_EMBEDDING]
+"""Weights, configuration and tokenizer; no code, and the one pickle for which a drafter is refused,
+which nothing reads."""
 FILES_IGNORED = ["original/*", "consolidated*", "onnx/*"]
 """Copies of the weights in formats that no backend reads."""
 REACHABLE_S = 5.0

@@ -213,9 +213,9 @@ class Target:
         except KeyError as error:
             raise CheckpointError(f"{folder / 'config.json'} lacks {error}") from error
         self.embeddings = self.weights["model.embed_tokens.weight"]
-        self.lm_head = self.embeddings
-        if not config.get("tie_word_embeddings", False):
-            self.lm_head = self.weights["lm_head.weight"]
+        # As in transformers, a head counts that is stored beside tied embeddings.
+        tied = config.get("tie_word_embeddings", False) and "lm_head.weight" not in self.weights
+        self.lm_head = self.embeddings if tied else self.weights["lm_head.weight"]
 
     def _configure(self, config: dict[str, Any]) -> None:
         self.hidden_size = int(config["hidden_size"])

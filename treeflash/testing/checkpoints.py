@@ -143,6 +143,15 @@ class CheckpointTests:
         check_transitions(models)
         assert_close(logits_of(models.tested), logits_of(models.reference))
 
+    def test_an_output_head_that_is_stored_beside_tied_embeddings_counts(
+        self, load: Loader, tmp_path: Path, family: str
+    ) -> None:
+        """As in transformers: the setting of such a folder is wrong."""
+        write_target(tmp_path, family, seed=TARGET_SEED)
+        expected = logits_of(load(tmp_path, None, LOAD))
+        edit_config(tmp_path, lambda config: config.update(tie_word_embeddings=True))
+        assert_close(logits_of(load(tmp_path, None, LOAD)), expected)
+
     @pytest.mark.parametrize("absent", ["rope_theta", "rope_parameters"])
     def test_rope_settings_in_either_form(
         self, load: Loader, tmp_path: Path, plain_family: str, absent: str

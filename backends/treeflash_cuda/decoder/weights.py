@@ -241,7 +241,8 @@ class DecoderWeights:
     ) -> tuple[nn.Module, Tensor | LowBitLinear]:
         """Return the output head, and the weight that tokens have rows of.
 
-        `table` is the input table if its weight is the head's.
+        `table` is the input table if its weight is the head's, as the configuration says. As in
+        transformers, a head that is stored beside it counts if its weight is another one.
         """
         if isinstance(table, LowBitEmbedding):
             packed = table.output_head()
@@ -249,6 +250,9 @@ class DecoderWeights:
         if table is None and self._is_packed(name):
             packed = self.checkpoint.module(name, LowBitLinear, self.dtype)
             return packed, packed
+        if table is not None and f"{name}.weight" in self.checkpoint.tensors:
+            stored = self.read(f"{name}.weight", rows, size)
+            table = table if torch.equal(stored, table.weight) else None
         weight = self._matrix(name, rows, size) if table is None else table.weight.data
         return self.operations.linear([weight], [None]), weight
 

@@ -8,7 +8,7 @@ are sampled.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
@@ -98,6 +98,10 @@ CACHES = "cache", "past_key_values", "cache_params"
 and warns about the others at every call; the last warning was about models without attention."""
 
 
+SCALES = "weight_scale", "scales"
+"""Beginnings of the names of tensors that a layer's weight is multiplied by."""
+
+
 def load_model(
     folder: Path,
     config: PreTrainedConfig,
@@ -114,8 +118,8 @@ def load_model(
     a whole alone.
 
     Raises a CheckpointError if the folder is damaged or incomplete, or its weights do not fit its
-    configuration, and an UnsupportedModelError if the weights are quantised, and a package for that
-    is not installed.
+    configuration, and an UnsupportedModelError if the weights are quantised, and transformers does
+    not know how, or a package for that is not installed.
     """
     weight_files(folder)
     placement: dict[str, Any] = {}
@@ -167,6 +171,7 @@ def load_model(
             logging.enable_progress_bar()
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{folder} lacks the tensor {missing[0]}")
+    _refuse_unread_scales(folder, info["unexpected_keys"])
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, expected = mismatched[0]
         raise CheckpointError(
@@ -174,6 +179,21 @@ def load_model(
             f"config.json asks for {tuple(expected)}"
         )
     return model.eval()
+
+
+def _refuse_unread_scales(folder: Path, unread: Collection[str]) -> None:
+    """Raise for weights whose scales are among the tensors that transformers does not read.
+
+    It only warns of a quantisation that it does not know, such as ModelOpt's, and says nothing if
+    `config.json` does not name one. The weights would then be the numbers without their scales.
+    """
+    for name in sorted(unread):
+        layer, _, part = name.rpartition(".")
+        if part.startswith(SCALES) and f"{layer}.weight" not in unread:
+            raise UnsupportedModelError(
+                f"{folder} has quantised weights, and transformers does not read their scales "
+                f"({name}); use the original model, or one that is quantised in another way"
+            )
 
 
 def _is_no_report(record: LogRecord) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -129,8 +129,11 @@ class FeatureStore:
         return [cached[n] for n in numbers]
 
     def fill(self, shard: int) -> None:
-        """Compute and cache a shard, unless it is cached or the cache is full."""
-        if self.folder is None or self._path(shard).exists():
+        """Compute and cache a shard, unless it is cached or the cache is full.
+
+        A damaged file, of a copied folder or a machine that lost power, is replaced.
+        """
+        if self.folder is None or self._is_cached(shard):
             return
         if sum(path.stat().st_size for path in self.folder.glob("*.safetensors")) > self.max_bytes:
             return
@@ -151,6 +154,16 @@ class FeatureStore:
     def _path(self, shard: int) -> Path:
         assert self.folder is not None
         return self.folder / f"{shard:05d}.safetensors"
+
+    def _is_cached(self, shard: int) -> bool:
+        """Return whether a shard's file is there and whole; a damaged one is removed."""
+        path = self._path(shard)
+        try:
+            with safe_open(path, "pt"):  # it compares the header with the file's size
+                return True
+        except (FileNotFoundError, SafetensorError):
+            path.unlink(missing_ok=True)
+        return False
 
     def _read(self, number: int) -> SequenceFeatures | None:
         if self.folder is None or not self._path(number // SHARD_SEQUENCES).exists():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treeflash.drafters.backbone import default_target_layer_ids
+from treeflash.drafters.backbone import ROPE_TYPES, default_target_layer_ids
 from treeflash.drafters.config import DrafterConfig
 from treeflash.drafters.folder import read_config, stored_shapes
 from treeflash.drafters.formats import (
@@ -39,6 +39,8 @@ from treeflash_cuda.linear import is_subclass
 
 RANK = 256
 """Rank of the heads `markov` and `selector`, as published."""
+ROPE_THETA = 10_000.0
+"""The base of rotary embeddings for a target that has none."""
 RANDOM_STD = 0.02
 """Standard deviation of random weights."""
 COPIED_LINEARS = (
@@ -164,10 +166,7 @@ def _new_settings(config: TrainConfig, target: ModelTarget) -> dict[str, Any]:
     attention = getattr(target.layers[0], "self_attn", None)
     bias = getattr(getattr(attention, "q_proj", None), "bias", None) is not None
     given = config.mask_token_id
-    mask_token_id = _mask_token(target_config) if given is None else given
-    rope = getattr(target_config, "rope_parameters", None) or {"rope_theta": 10000.0}
-    if any(isinstance(value, dict) for value in rope.values()):  # a table for each kind of layer
-        rope = rope.get("full_attention") or next(iter(rope.values()))
+    mask_token_id = _mask_token(target_config, target.vocab_size) if given is None else given
     return {
         "model_type": "qwen3",
         "attention_bias": bias,
@@ -184,18 +183,36 @@ def _new_settings(config: TrainConfig, target: ModelTarget) -> dict[str, Any]:
         "num_hidden_layers": count,
         "num_key_value_heads": int(getattr(target_config, "num_key_value_heads", None) or heads),
         "num_target_layers": depth,
-        "rms_norm_eps": float(getattr(target_config, "rms_norm_eps", 1e-6)),
-        "rope_parameters": {"rope_type": "default", **rope},
+        "rms_norm_eps": float(getattr(target_config, "rms_norm_eps", None) or 1e-6),
+        "rope_parameters": _rope_settings(target_config),
         "tie_word_embeddings": False,
         "vocab_size": target.vocab_size,
     }
 
 
-def _mask_token(config: Any) -> int:
-    names = ("pad_token_id", "eos_token_id", "bos_token_id")
-    token_ids = (getattr(config, name, None) for name in names)
-    token_id = next((x for x in token_ids if x is not None), 0)
-    return int(token_id[0] if isinstance(token_id, list) else token_id)
+def _rope_settings(config: Any) -> dict[str, Any]:
+    """Return the target's rotary settings, of one kind of layers if they differ.
+
+    A kind may have none. Of embeddings that no drafter has, such as longrope, the base is kept.
+    """
+    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    by_kind = rope.get("full_attention"), *rope.values()
+    found = next((part for part in by_kind if isinstance(part, Mapping)), rope)
+    settings = {"rope_type": "default", "rope_theta": ROPE_THETA, **found}
+    if settings["rope_type"] in ROPE_TYPES:
+        return settings
+    return {"rope_type": "default", "rope_theta": settings["rope_theta"]}
+
+
+def _mask_token(config: Any, vocab_size: int) -> int:
+    """Return the first token with a role that is in the vocabulary: some files have -1, or []."""
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        value = getattr(config, name, None)
+        token_ids = value if isinstance(value, list) else [value]
+        for token_id in token_ids:
+            if token_id is not None and 0 <= token_id < vocab_size:
+                return int(token_id)
+    return 0
 
 
 def initial_drafter(

@@ -14,11 +14,13 @@ import httpx
 import pytest
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 
+from treeflash.drafters.loading import drafter_config
 from treeflash.errors import CheckpointError, ConfigError
 from treeflash.hub import models
 from treeflash.hub.cached import removable
 from treeflash.hub.models import DEFAULT_TARGET_FILES
 from treeflash.hub.published import DEFAULT_TARGET
+from treeflash.testing.models import write_drafter, write_target
 
 STUDIO = ".lmstudio/models"
 NAME = "SmolLM2-135M-Instruct"
@@ -394,6 +396,25 @@ def test_hub_download_takes_neither_pickles_nor_code(tmp_path, network):
     assert asked["name"] == "some/model"
     for name in ("pytorch_model.bin", "modeling.py", "tokenizer.py", "model.pt"):
         assert not any(Path(name).match(pattern) for pattern in asked["allow_patterns"])
+
+
+def test_a_file_for_which_a_drafter_is_refused_is_fetched_with_it(tmp_path, network):
+    """Without the embedding of its mask it would be loaded, and draft badly."""
+    write_target(tmp_path / "target", "llama", seed=1)
+    published, fetched = tmp_path / "published", tmp_path / "fetched"
+    write_drafter(published, tmp_path / "target", seed=2)
+    (published / "mask_embedding.pt").touch()
+    fetched.mkdir()
+
+    def download(name, *, allow_patterns, **_):
+        for path in published.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                shutil.copy(path, fetched)
+        return str(fetched)
+
+    network.snapshot_download = download
+    with pytest.raises(CheckpointError, match=r"has a mask_embedding\.pt, which is not supported"):
+        drafter_config(models.resolve_drafter("some/drafter", None))
 
 
 GGUF_FILES = [

@@ -22,7 +22,7 @@ class Target:
             )
         self.weights = Weights(folder, read_tensors(folder))
         self.embeddings = self.weights["model.embed_tokens.weight"]
-        tied = config.get("tie_word_embeddings", False)
+        tied = config.get("tie_word_embeddings", False) and "lm_head.weight" not in self.weights
         self.lm_head = self.embeddings if tied else self.weights["lm_head.weight"]
         self.hidden_size, self.vocab_size = config["hidden_size"], config["vocab_size"]
         self.max_positions = config["max_position_embeddings"]
