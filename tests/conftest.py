@@ -79,14 +79,6 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(scope="session")
-def smollm2():
-    """The folder of the default target: fetched and converted once, then from the cache."""
-    from treeflash.hub.models import resolve_target
-
-    return resolve_target(None)
-
-
-@pytest.fixture(scope="session")
 def kept_folder(request, tmp_path_factory) -> Callable[[str], Path]:
     """Name a folder for compiled code, which all workers share and the next run finds.
 
@@ -94,6 +86,26 @@ def kept_folder(request, tmp_path_factory) -> Callable[[str], Path]:
     """
     cache = getattr(request.config, "cache", None)
     return cache.mkdir if cache else functools.cache(tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(kept_folder):
+    """Keep what tests fetch, convert, compile and measure out of the user's cache.
+
+    The variable may name another cache, which has the default target already.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if "TREEFLASH_CACHE" not in os.environ:
+            patch.setenv("TREEFLASH_CACHE", str(kept_folder("treeflash")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The folder of the default target: fetched and converted once, then from the cache."""
+    from treeflash.hub.models import resolve_target
+
+    return resolve_target(None)
 
 
 @pytest.fixture

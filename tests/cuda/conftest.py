@@ -29,14 +29,6 @@ def folders(tmp_path_factory):
     return write_pair(tmp_path_factory.mktemp("pair"), "qwen3", vocab_size=40)
 
 
-@pytest.fixture(scope="module")
-def own_cache(kept_folder):
-    """Keep code that tests compile, and the models that they convert, out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TREEFLASH_CACHE", str(kept_folder("treeflash")))
-        yield
-
-
 @pytest.fixture
 def own_threads():
     """Give PyTorch's threads back when the test ends."""

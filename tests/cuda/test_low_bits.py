@@ -62,8 +62,6 @@ from treeflash_cuda.target_loading import bits_refusal, load_decoder
 
 import treeflash
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 FORMATS = {
     "Q4_0": (4, 1, False, np.float16),
     "Q4_1": (4, 1, True, np.float16),
@@ -387,12 +385,12 @@ def file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def packed(file, own_cache) -> Path:
+def packed(file) -> Path:
     return resolve_target(str(file), packed=True)
 
 
 @pytest.fixture(scope="module")
-def model(file, own_cache):
+def model(file):
     return treeflash.load(str(file), False, backend="cuda", device="cpu")
 
 

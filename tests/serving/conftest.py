@@ -91,12 +91,6 @@ def serve_models(pairs, loads):
 
 
 @pytest.fixture
-def own_cache(monkeypatch, tmp_path_factory):
-    """Keep the hashes of a tiny pair's weights out of the user's cache."""
-    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
 def no_traceback(caplog):
     """Check that errors of clients leave no traceback in the log."""
     with caplog.at_level(logging.INFO):

@@ -193,7 +193,6 @@ def replay(client, session, turns):
 
 # Minutes, for prompts of 60,000 tokens; the tests below have the same events in short sessions.
 @pytest.mark.nightly
-@pytest.mark.usefixtures("own_cache")
 def test_a_session_of_full_size(fast_model, tmp_path):
     """Two sub-agents take turns with it, the server is started again, and it is compacted."""
     client, main = Client(), Session("main", FULL)
@@ -247,7 +246,6 @@ def test_a_compacted_conversation_keeps_the_instructions(agent_model):
         client.send(session)
 
 
-@pytest.mark.usefixtures("own_cache")
 def test_a_session_goes_on_after_a_restart(agent_model, tmp_path):
     client, session = Client(), Session("main")
     settings = {"prefix_cache_dir": str(tmp_path)}

@@ -43,7 +43,6 @@ def test_loading_fails():
         engine.start()
 
 
-@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

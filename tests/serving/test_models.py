@@ -341,7 +341,7 @@ def test_all_who_wait_for_a_model_are_told_that_the_server_ends(pairs, loads):
     assert loads.begun == {"One": 1}
 
 
-def test_conversations_go_on_after_the_next_load(serve_models, loads, alone, own_cache, tmp_path):
+def test_conversations_go_on_after_the_next_load(serve_models, loads, alone, tmp_path):
     """The models share the folder of states, in which each finds its own."""
     states = tmp_path / "states"
     server = serve_models(max_models=1, prefix_cache_dir=str(states))

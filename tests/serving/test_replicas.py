@@ -200,7 +200,6 @@ def test_what_is_deployed(ray_app):
             ray_app.RayConfig(**wrong)
 
 
-@pytest.mark.usefixtures("own_cache")
 def test_the_ingress_and_its_replica(ray_app, folders):
     """Both have the settings, so neither answers without a key."""
     model = dict(zip(("target", "drafter"), map(str, folders), strict=True), backend="reference")
