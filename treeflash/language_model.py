@@ -464,7 +464,7 @@ def locate(
         given["adapter"] = str(given["adapter"])
     config = LoadConfig(**given)
     load_pair = loader(default_backend() if backend is None else backend)
-    check_config(load_pair, config)
+    check_config(load_pair, config, named=backend is not None)
     name = None if target is None else str(target)
     if not config.force and (limit := memory_limit(load_pair)) is not None:
         known = published_drafter(name) if drafter in (None, AUTO) else drafter

@@ -71,11 +71,17 @@ def _ask(load: Loader, name: str, *arguments: Any) -> Any:
     return None if function is None else function(*arguments)
 
 
-def check_config(load: Loader, config: LoadConfig) -> None:
-    """Let a backend refuse settings, and an unknown device, before models are fetched."""
+def check_config(load: Loader, config: LoadConfig, *, named: bool = False) -> None:
+    """Let a backend refuse settings, and a device that is not there, before models are fetched.
+
+    Unless the user `named` the backend, a missing default device is no error here; see
+    `fall_back_to_cpu`.
+    """
     if config.device is not None:
         _ask(load, "choose_device", config.device)
     _ask(load, "check_config", config)
+    if named and config.device is None:
+        _ask(load, "choose_device", None)
 
 
 def bits_refusal(load: Loader, config: LoadConfig) -> str | None:

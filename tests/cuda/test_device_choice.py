@@ -12,7 +12,7 @@ from byte_tokens import save_tokenizer
 from stand_ins import stand_in
 
 import treeflash
-from treeflash import command
+from treeflash import command, language_model
 from treeflash.config import LoadConfig
 from treeflash.decoding.verify_costs import cost_file
 from treeflash.errors import BackendError, ConfigError, CPUBuildError
@@ -231,6 +231,13 @@ def test_devices_that_are_not_there_are_refused(name, see_gpus):
     see_gpus(2)
     with pytest.raises(BackendError, match=name):
         choose_device(name)
+
+
+def test_a_missing_gpu_is_said_before_models_are_fetched(see_gpus, monkeypatch):
+    see_gpus(0)
+    stand_in(monkeypatch, language_model, resolve_target=lambda *_, **__: pytest.fail("fetched"))
+    with pytest.raises(BackendError, match="no CUDA device is available"):
+        treeflash.load("Qwen/Qwen3-8B", backend="cuda")
 
 
 def test_weights_are_not_rounded_on_a_gpu(tmp_path, see_gpus):

@@ -462,7 +462,8 @@ class Loader(Protocol):
 
     - `check_config(config)` raises a ConfigError for settings of a `LoadConfig` that the backend
       lacks, as `treeflash.decoding.backend_base.check_settings` does; `load` checks them too.
-    - `choose_device(name)` raises a BackendError if the device does not exist.
+    - `choose_device(name)` raises a BackendError if the device does not exist; None is the
+      backend's default.
     - `check_drafter(config)` raises an UnsupportedModelError if the backend cannot run a drafter
       with this `DrafterShape`; then another drafter is looked for.
     - `bits_refusal(config)` returns None if the backend keeps the bits of a GGUF file's weights,
