@@ -33,6 +33,10 @@ PACKED_BITS = 4, 8
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """The places in a word of eight neighbouring columns' numbers."""
 
+MALFORMED = (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError)
+"""What settings of other types, or without a necessary one, raise."""
+NOT_VALID = "what its config.json says of its quantised weights is not valid"
+
 
 class Sizes(NamedTuple):
     """What the shapes of a layer's tensors tell of its weight."""
@@ -88,7 +92,10 @@ class LowBitTensors:
             own = {x: shapes.get(f"{layer}.{x}") for x in kind.tensors}
             if end == kind.tensors[0] and None not in own.values():
                 parts = {x: shape for x, shape in own.items() if shape is not None}
-                sizes = kind.sizes(parts, _settings_of(layer, settings))
+                try:
+                    sizes = kind.sizes(parts, _settings_of(layer, settings))
+                except MALFORMED:
+                    return NOT_VALID
                 if sizes.refusal is not None:
                     return f"{layer} is not read as {kind.name}, because {sizes.refusal}"
                 layers[layer] = sizes
@@ -122,14 +129,21 @@ def find_format(config: Mapping[str, Any]) -> tuple[WeightFormat, Settings] | st
     None for weights that are plain, or that treeflash has packed; a clause if they are not read.
     """
     settings = config.get("quantization_config") or config.get("quantization")
-    method = (settings or {}).get("quant_method", "mlx" if "quantization" in config else None)
-    if not settings or method == METHOD:
+    if not settings:
+        return None
+    if not isinstance(settings, Mapping):
+        return NOT_VALID
+    method = settings.get("quant_method", "mlx" if "quantization" in config else None)
+    if method == METHOD:
         return None
     if method == COMPRESSED:
         method = settings.get("format")
     if (kind := FORMATS.get(str(method))) is None:
         return "its weights are quantised"
-    reason = kind.refusal(settings)
+    try:
+        reason = kind.refusal(settings)
+    except MALFORMED:
+        return NOT_VALID
     return (kind, settings) if reason is None else f"its weights are quantised as {reason}"
 
 

@@ -235,6 +235,25 @@ def test_other_bits_and_groups_are_not_read():
     assert find_format({"hidden_size": 8}) is None
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        compressed_settings("pack-quantized", 4) | {"config_groups": None},
+        compressed_settings("pack-quantized", 4) | {"config_groups": {"group_0": {}}},
+        scheme(weights=["int"]),
+        scheme(weights={"num_bits": 0}),
+        scheme(input_activations=8),
+        ["gptq"],
+    ],
+)
+def test_settings_that_are_malformed_are_left_to_the_library(settings):
+    """It refuses them in its own words."""
+    parts = ("weight_packed", "weight_scale", "weight_shape")
+    shapes = dict.fromkeys([f"layer.{part}" for part in parts], (8, 4))
+    found = LowBitTensors.find({"quantization_config": settings}, shapes)
+    assert found == "what its config.json says of its quantised weights is not valid"
+
+
 def test_mlx_may_give_layers_settings_of_their_own():
     wide, narrow = (KINDS[f"MLX, {bits} bits"] for bits in (8, 4))
     rng = np.random.default_rng(2)

@@ -72,7 +72,8 @@ class Layout:
     ) -> DrafterTensors[Tensor]:
         """Read the drafter's tensors, which may stand in the folder of a whole target.
 
-        Raises a CheckpointError if a file is damaged.
+        Raises a CheckpointError if a file is damaged, or a drafter can propose tokens that its
+        target does not have.
         """
         stored, tensors = self.folder.tensors, dict[str, Tensor]()
         for path in self.folder.files:
@@ -84,6 +85,7 @@ class Layout:
                 **(dequantise(path, quantised) if quantised else {}),
             }
             tensors |= {self.names[name]: tensor for name, tensor in found.items()}
+        _check_tokens(self, tensors)
         if self.format.kind == "block":
             return arrange_block(self, tensors)
         vocabulary = {name: tensors.pop(name) for name in VOCABULARY if name in tensors}
@@ -255,6 +257,24 @@ def load_tensors(
             "backend runs block drafters only"
         )
     return layout.read(read, read_quantised, np.stack)
+
+
+def _check_tokens(layout: Layout, tensors: Mapping[str, Any]) -> None:
+    """Raise a CheckpointError for ids of tokens that are outside the target's vocabulary.
+
+    Running them would end all sequences of a GPU.
+    """
+    for name in ("d2t", "masked_embedding.token_ordering"):
+        if name not in tensors:
+            continue
+        ids = np.asarray(tensors[name])
+        if name == "d2t":  # differences to the drafter's own ids
+            ids = ids + np.arange(len(ids))
+        if ids.min() < 0 or ids.max() >= layout.vocab_size:
+            raise CheckpointError(
+                f"{layout.folder.path}: the tensor {name} names tokens from {ids.min()} to "
+                f"{ids.max()}, and the target has {layout.vocab_size} tokens"
+            )
 
 
 def arrange_block(layout: Layout, tensors: Mapping[str, Tensor]) -> DrafterTensors[Tensor]:

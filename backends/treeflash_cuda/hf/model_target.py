@@ -171,7 +171,7 @@ def load_model(
             logging.enable_progress_bar()
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{folder} lacks the tensor {missing[0]}")
-    _refuse_unread_scales(folder, info["unexpected_keys"])
+    _refuse_unread_scales(folder, info["unexpected_keys"], model.state_dict())
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, expected = mismatched[0]
         raise CheckpointError(
@@ -181,7 +181,7 @@ def load_model(
     return model.eval()
 
 
-def _refuse_unread_scales(folder: Path, unread: Collection[str]) -> None:
+def _refuse_unread_scales(folder: Path, unread: Collection[str], weights: Collection[str]) -> None:
     """Raise for weights whose scales are among the tensors that transformers does not read.
 
     It only warns of a quantisation that it does not know, such as ModelOpt's, and says nothing if
@@ -189,7 +189,7 @@ def _refuse_unread_scales(folder: Path, unread: Collection[str]) -> None:
     """
     for name in sorted(unread):
         layer, _, part = name.rpartition(".")
-        if part.startswith(SCALES) and f"{layer}.weight" not in unread:
+        if part.startswith(SCALES) and f"{layer}.weight" in weights:
             raise UnsupportedModelError(
                 f"{folder} has quantised weights, and transformers does not read their scales "
                 f"({name}); use the original model, or one that is quantised in another way"

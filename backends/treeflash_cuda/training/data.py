@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,27 @@ OUTPUT_ROWS = 1024
 """Maximum number of rows of logits in memory."""
 BATCHES_PER_SORT = 16
 """Sequences are sorted by length within this many batches: enough to keep padding small."""
+
+
+def divide(
+    responses: Sequence[Response],
+    held_out: Sequence[Response],
+    length: int,
+    vocab_size: int,
+    config: TrainConfig,
+) -> tuple[list[Response], list[Response], Counter[str]]:
+    """Return validation data, training data, and the numbers of dropped responses.
+
+    It raises what `truncated_responses` and `split` do.
+    """
+    validation: list[Response] = []
+    dropped = Counter[str]()
+    if held_out:
+        validation, counts = truncated_responses(held_out, length, vocab_size)
+        dropped.update(counts)
+    training, counts = truncated_responses(responses, length, vocab_size)
+    dropped.update(counts)
+    return *split(training, validation, config), dropped
 
 
 def truncated_responses(

@@ -7,10 +7,10 @@ import signal
 import threading
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,9 @@ from treeflash_cuda.training.data import (
     Batches,
     FeatureStore,
     choose_anchors,
+    divide,
     fingerprint,
     make_batch,
-    split,
-    truncated_responses,
     with_drafts,
 )
 from treeflash_cuda.training.initial import drafter_settings, initial_drafter, refuse_options
@@ -50,6 +49,21 @@ VALIDATION_ANCHORS = 16
 """Anchors per validation sequence."""
 MEASURED_SEQUENCES = 8
 """Sequences that measure the scale of the target's queries and keys, for `init` target."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Training:
+    """What all steps of a run need."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    run: TrainingRun
+    target: ModelTarget
+    settings: dict[str, Any]  # the drafter's `config.json`
+    blocks: nn.Module  # `Blocks`, which accelerate may have wrapped
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    validation: Validation
 
 
 def train(
@@ -72,16 +86,9 @@ def train(
     shape = read_model_config(target).get_text_config()
     refuse_options(config, shape.num_hidden_layers, shape.vocab_size)
     limits = min(config.max_length, max_positions(shape)), shape.vocab_size
-    validation_data: list[Response] = []
-    dropped = Counter[str]()
-    if held_out:
-        validation_data, counts = truncated_responses(held_out, *limits)
-        dropped.update(counts)
-    training_data, counts = truncated_responses(responses, *limits)
-    dropped.update(counts)
+    validation_data, training_data, dropped = divide(responses, held_out, *limits, config)
     if dropped.total():
         yield dict(dropped)
-    validation_data, training_data = split(training_data, validation_data, config)
     device = load.device or str(processes.device)
     prepare(torch.device(device))
     model = load_target(target, replace(load, device=device, images=False), pack=False)
@@ -90,12 +97,8 @@ def train(
         mixed_precision=MIXED_PRECISION.get(model.dtype, "no"),
         gradient_accumulation_steps=config.accumulation,
     )
-    model.find_scale()
-    model.model.requires_grad_(False)
-    settings = drafter_settings(config, model)
-    measured = [response.token_ids for response in training_data[:MEASURED_SEQUENCES]]
-    drafter, head = initial_drafter(config, settings, model, measured)
-    depths, layer_ids = drafter.config.depths, drafter.config.target_layer_ids
+    settings, blocks = make_blocks(config, model, training_data)
+    depths, layer_ids = blocks.model.config.depths, blocks.model.config.target_layer_ids
     data = fingerprint(
         [*validation_data, *training_data],
         target=target.name,
@@ -105,12 +108,7 @@ def train(
     )
     identity = {**known, "dtype": str(model.dtype).removeprefix("torch."), "data": data}
     run = TrainingRun(output, accelerator, identity, request)
-    if config.freeze_backbone or config.freeze_layers:
-        drafter.requires_grad_(False)
-        drafter.fc.requires_grad_(config.freeze_layers)
-    assert isinstance(model.embeddings, Tensor)  # weights of few bits are not trained with
-    blocks: nn.Module = Blocks(drafter, head, model.embeddings, model.lm_head)
-    blocks, optimizer = accelerator.prepare(blocks, make_optimizer(blocks, config))
+    prepared, optimizer = accelerator.prepare(blocks, make_optimizer(blocks, config))
     model.capture(layer_ids)
     with closing(run):
         first = run.resume()
@@ -118,53 +116,114 @@ def train(
         store = FeatureStore(model, layer_ids, training_data, config.top_tokens, folder, max_bytes)
         if folder is not None:
             yield from fill_cache(store, accelerator)
-        batches = Batches(
-            store, config, depths, accelerator.process_index, accelerator.num_processes
+        ranks = accelerator.process_index, accelerator.num_processes
+        training = Training(
+            config=config,
+            accelerator=accelerator,
+            run=run,
+            target=model,
+            settings=settings,
+            blocks=prepared,
+            optimizer=optimizer,
+            batches=Batches(store, config, depths, *ranks),
+            validation=Validation(model, layer_ids, validation_data, depths, config),
         )
-        validation = Validation(model, layer_ids, validation_data, depths, config)
-        step, (position, is_best) = first, progress(first, run.records, config, accelerator)
-        with delayed_signals() as signals:
-            while position < config.steps:
-                rate = learning_rate(position, config)
-                record = take_step(
-                    step, rate, blocks, optimizer, batches, model, config, accelerator
-                )
-                step += 1
-                position, is_best = progress(step, [*run.records, record], config, accelerator)
-                is_last = position >= config.steps
-                if validation_data and (is_last or step % config.validate_every == 0):
-                    started = time.perf_counter()
-                    record["validation"] = validation.measure(blocks)
-                    record["seconds"] += time.perf_counter() - started
-                    position, is_best = progress(step, [*run.records, record], config, accelerator)
-                    is_last = position >= config.steps
-                run.log(record)
-                # The first process decides for all.
-                interrupt = int(
-                    broadcast(torch.tensor(signals[0] if signals else 0, device=accelerator.device))
-                )
-                is_saved = is_last or interrupt or step % config.save_every == 0
-                is_lowest = config.patience is not None and "validation" in record and is_best
-                if is_lowest and not run.has_state:
-                    is_saved = True  # a drafter without a state is not overwritten
-                is_needed = config.patience is None or not has_checkpoint(output)
-                # This order gives a run with its last state a checkpoint too.
-                if is_lowest or (is_saved and is_needed):
-                    export(accelerator, blocks, settings, run)
-                if is_saved:
-                    run.save(step, finished=is_last)
-                yield record
-                if interrupt == signal.SIGINT:
-                    raise KeyboardInterrupt
-                if interrupt:
-                    raise SystemExit(128 + interrupt)
+        yield from take_steps(training, first)
         if not has_checkpoint(output):  # deleted after the run had finished
-            if config.patience is not None and not is_best:
-                raise ConfigError(
-                    f"{output} has lost the drafter with the lowest validation loss, and the state "
-                    "of its run is a later one; give another --output"
-                )
-            export(accelerator, blocks, settings, run)
+            restore_checkpoint(training)
+
+
+def make_blocks(
+    config: TrainConfig, model: ModelTarget, training_data: Sequence[Response]
+) -> tuple[dict[str, Any], Blocks]:
+    """Make the drafter with which a run starts, and its `config.json`.
+
+    Raises a ConfigError if it does not fit the target.
+    """
+    model.find_scale()
+    model.model.requires_grad_(False)
+    settings = drafter_settings(config, model)
+    measured = [response.token_ids for response in training_data[:MEASURED_SEQUENCES]]
+    drafter, head = initial_drafter(config, settings, model, measured)
+    if config.freeze_backbone or config.freeze_layers:
+        drafter.requires_grad_(False)
+        drafter.fc.requires_grad_(config.freeze_layers)
+    assert isinstance(model.embeddings, Tensor)  # weights of few bits are not trained with
+    return settings, Blocks(drafter, head, model.embeddings, model.lm_head)
+
+
+def take_steps(training: Training, first: int) -> Iterator[dict[str, Any]]:
+    """Take the steps after the first ones; yields their records.
+
+    A signal ends the run after the step that is running, whose state is saved.
+    """
+    config, accelerator, run = training.config, training.accelerator, training.run
+    step, (position, _) = first, progress(first, run.records, config, accelerator)
+    with delayed_signals() as signals:
+        while position < config.steps:
+            record = take_step(step, learning_rate(position, config), training)
+            step += 1
+            position, is_best = validate(training, step, record)
+            run.log(record)
+            # The first process decides for all.
+            interrupt = int(
+                broadcast(torch.tensor(signals[0] if signals else 0, device=accelerator.device))
+            )
+            is_last = position >= config.steps
+            save(
+                training,
+                step,
+                is_due=is_last or bool(interrupt) or step % config.save_every == 0,
+                is_best="validation" in record and is_best,
+                is_last=is_last,
+            )
+            yield record
+            if interrupt == signal.SIGINT:
+                raise KeyboardInterrupt
+            if interrupt:
+                raise SystemExit(128 + interrupt)
+
+
+def validate(training: Training, step: int, record: dict[str, Any]) -> tuple[float, bool]:
+    """Add a validation to the record of a step if it is due; return the `progress` after it."""
+    config, accelerator = training.config, training.accelerator
+    records = [*training.run.records, record]
+    position, is_best = progress(step, records, config, accelerator)
+    is_due = position >= config.steps or step % config.validate_every == 0
+    if training.validation.batches and is_due:
+        started = time.perf_counter()
+        record["validation"] = training.validation.measure(training.blocks)
+        record["seconds"] += time.perf_counter() - started
+        position, is_best = progress(step, records, config, accelerator)
+    return position, is_best
+
+
+def save(training: Training, step: int, *, is_due: bool, is_best: bool, is_last: bool) -> None:
+    """Save the drafter and the state of the run after a step, where they are needed.
+
+    With `patience` the drafter is saved that is the best so far, otherwise with each state.
+    """
+    keeps_best, run = training.config.patience is not None, training.run
+    is_lowest = keeps_best and is_best
+    if is_lowest and not run.has_state:
+        is_due = True  # a drafter without a state is not overwritten
+    # This order gives a run with its last state a checkpoint too.
+    if is_lowest or (is_due and not (keeps_best and has_checkpoint(run.folder))):
+        export(training.accelerator, training.blocks, training.settings, run)
+    if is_due:
+        run.save(step, finished=is_last)
+
+
+def restore_checkpoint(training: Training) -> None:
+    """Write the drafter of a run that is over; a ConfigError if it was another than the last."""
+    config, run = training.config, training.run
+    _, is_best = progress(config.steps, run.records, config, training.accelerator)
+    if config.patience is not None and not is_best:
+        raise ConfigError(
+            f"{run.folder} has lost the drafter with the lowest validation loss, and the state "
+            "of its run is a later one; give another --output"
+        )
+    export(training.accelerator, training.blocks, training.settings, run)
 
 
 def start_processes(load: LoadConfig) -> PartialState:
@@ -267,21 +326,14 @@ def fill_cache(store: FeatureStore, accelerator: Accelerator) -> Iterator[dict[s
     accelerator.wait_for_everyone()
 
 
-def take_step(
-    step: int,
-    rate: float,
-    blocks: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Batches,
-    target: ModelTarget,
-    config: TrainConfig,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
+def take_step(step: int, rate: float, training: Training) -> dict[str, Any]:
     """Take one optimiser step; returns its record.
 
     The loss is the weighted mean over the tokens of all forward passes and processes, as if they
     were one batch. Raises a NumericalError if the loss or its gradient is not finite.
     """
+    config, accelerator, target = training.config, training.accelerator, training.target
+    blocks, optimizer, batches = training.blocks, training.optimizer, training.batches
     started = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = rate

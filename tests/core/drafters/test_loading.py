@@ -36,7 +36,7 @@ from treeflash.drafters.mtp_formats import ASSISTANT, EAGLE3, GLM_MTP, QWEN_MTP,
 from treeflash.drafters.mtp_tensors import mtp_shapes, split_fused, stack_experts
 from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.hub.models import resolve_drafter
-from treeflash.testing.models import save
+from treeflash.testing.models import save, write_dialect, write_target
 
 
 def message(text: str) -> str:
@@ -232,6 +232,26 @@ class TestTensors:
             save(folder, read_config(folder) | {"quantization": quantisation}, tensors)
             with pytest.raises(CheckpointError, match="mode 'mxfp4'; the mode 'affine' is"):
                 load_tensors(folder, pytest.fail, **TARGET_SHAPE)
+
+
+@pytest.mark.parametrize(("difference", "named"), [(23, "0 to 24"), (-2, "-1 to ")])
+@pytest.mark.parametrize("is_block", [True, False])
+def test_tokens_that_the_target_lacks_are_refused(is_block, difference, named, tmp_path):
+    """A drafter's own vocabulary has differences; some files have the ids themselves."""
+    if is_block:
+        target, head = tmp_path / "target", tmp_path / "head"
+        write_target(target, "llama", seed=1)
+        write_dialect(head, target, "speculators-dflash", seed=2)
+    else:
+        target, head = write_mtp_pair(tmp_path, "eagle3", draft_vocab_size=16)
+    shape = {name: read_config(target)[name] for name in TARGET_SHAPE}
+    tensors = read_tensors(head)
+    layout = read_layout(head, **shape)
+    layout.read(read_file, read_quantised, np.stack)
+    tensors["d2t"][:2] = 0, difference
+    save(head, read_config(head), tensors)
+    with pytest.raises(CheckpointError, match=f"d2t names tokens from {named}.* has 24 tokens"):
+        layout.read(read_file, read_quantised, np.stack)
 
 
 def test_a_backend_for_block_drafters_refuses_a_head_that_drafts_depth_by_depth(tmp_path):
