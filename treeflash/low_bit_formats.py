@@ -33,8 +33,8 @@ PACKED_BITS = 4, 8
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """The places in a word of eight neighbouring columns' numbers."""
 
-MALFORMED = (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError)
-"""What settings of other types, or without a necessary one, raise."""
+MALFORMED = (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError)
+"""What settings of other types, without a necessary one, or tensors of other shapes raise."""
 NOT_VALID = "what its config.json says of its quantised weights is not valid"
 
 
@@ -94,10 +94,11 @@ class LowBitTensors:
                 parts = {x: shape for x, shape in own.items() if shape is not None}
                 try:
                     sizes = kind.sizes(parts, _settings_of(layer, settings))
+                    refusal = sizes.refusal
                 except MALFORMED:
-                    return NOT_VALID
-                if sizes.refusal is not None:
-                    return f"{layer} is not read as {kind.name}, because {sizes.refusal}"
+                    refusal = "its settings or the shapes of its tensors are not valid"
+                if refusal is not None:
+                    return f"{layer} is not read as {kind.name}, because {refusal}"
                 layers[layer] = sizes
         return cls(kind, settings, layers)
 
@@ -116,11 +117,15 @@ class LowBitTensors:
         """Read a layer's weight.
 
         `names` are the folder's tensors, and `tensor` reads one. An UnsupportedModelError is raised
-        for groups of different sizes.
+        for groups of different sizes, and one of `MALFORMED` where tensors do not fit each other.
         """
         ends = self.format.tensors + self.format.optional
         tensors = {x: tensor(f"{layer}.{x}") for x in ends if f"{layer}.{x}" in names}
-        return self.format.read(tensors, _settings_of(layer, self.settings), self.layers[layer])
+        sizes = self.layers[layer]
+        weight = self.format.read(tensors, _settings_of(layer, self.settings), sizes)
+        if weight.numbers.shape != (sizes.rows, sizes.size):
+            raise ValueError(f"{weight.numbers.shape} numbers of a weight of {sizes[:2]}")
+        return weight
 
 
 def find_format(config: Mapping[str, Any]) -> tuple[WeightFormat, Settings] | str | None:
@@ -174,10 +179,14 @@ def _weight(
 
     Scales become float16 where that changes none of them.
     """
+    rows, size = numbers.shape
+    others = [part for part in (zeros, least) if part is not None]
+    if len(scales) != rows or any(part.shape != scales.shape for part in others):
+        raise ValueError(f"{scales.shape} scales of {numbers.shape} numbers")
     scales = scales.astype(np.float32)
     if zeros is not None and (zeros != 1 << (bits - 1)).any():
         least = -(scales * zeros.astype(np.float32))  # exact: both have few bits
-    repeats = numbers.shape[1] // scales.shape[1] // GROUP
+    repeats = size // scales.shape[1] // GROUP
     parts = [scales] if least is None else [scales, least.astype(np.float32)]
     with np.errstate(over="ignore"):
         halves = [part.astype(np.float16) for part in parts]

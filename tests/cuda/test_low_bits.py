@@ -27,17 +27,18 @@ from gguf.quants import quantize
 from gguf_files import HIDDEN, write_gguf
 from low_bit_checkpoints import KINDS, write_low_bits
 from parts import use_models
+from safetensors.numpy import load_file
 from stand_ins import stand_in
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding.tree import DraftTree
-from treeflash.drafters.folder import read_tensors
-from treeflash.errors import ConfigError, UnsupportedModelError
+from treeflash.drafters.folder import read_config, read_tensors
+from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.hub.models import resolve_target
 from treeflash.low_bits import GROUP, SHARING, LowBitFormat, LowBitWeight, StoredWeight
 from treeflash.testing import require
 from treeflash.testing.comparisons import generate
-from treeflash.testing.models import edit_config, write_drafter, write_target
+from treeflash.testing.models import edit_config, save, write_drafter, write_target
 
 require("torch")
 require("llvmlite")
@@ -647,6 +648,20 @@ def test_bits_of_16_are_the_weights_in_float32(tmp_path, kind):
     pair = load(stored, None, UNPACKED)
     assert not any(isinstance(x, LowBitLinear) for x in pair.target.model.modules())
     assert torch.equal(run(pair), run(load(plain, None, UNPACKED)))
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize(
+    ("name", "part"), [("GPTQ", "scales"), ("AWQ", "qzeros"), ("W4A16", "weight_scale")]
+)
+def test_tensors_that_do_not_fit_each_other_are_refused(tmp_path, name, part):
+    stored, _ = write(tmp_path, KINDS[name])
+    tensors = load_file(stored / "model.safetensors")
+    damaged = f"model.layers.1.mlp.down_proj.{part}"
+    tensors[damaged] = tensors[damaged][:-1].copy()
+    save(stored, read_config(stored), tensors)
+    with pytest.raises(CheckpointError, match=r"damaged: the tensors of .*down_proj do not fit"):
+        load(stored, None, CPU)
 
 
 def test_adapters_are_left_to_transformers(tmp_path):

@@ -132,18 +132,31 @@ def _quantised_weights(
     found = dict(tensors)
     for name, tensor in tensors.items():
         base = name.removesuffix(".weight")
-        parts = [tensors.get(f"{base}.{part}") for part in ("scales", "biases")]
-        same = all(part is not None and part.path == tensor.path for part in parts)
+        scales, biases = (tensors.get(f"{base}.{part}") for part in ("scales", "biases"))
+        if scales is None or biases is None or not _fit(tensor, scales, biases):
+            continue
         settings = mlx_quantisation(config, name)
         group, mode = settings.get("group_size"), settings.get("mode", "affine")
-        if tensor.dtype != "U32" or not same or mode != "affine" or group not in GROUP_SIZES:
+        if mode != "affine" or group not in GROUP_SIZES:
             continue
-        columns = tensors[f"{base}.scales"].shape[-1] * group
-        bits = 32 * tensor.shape[-1] // columns
-        if bits in GROUP_BITS:
+        columns = scales.shape[-1] * group
+        bits, rest = divmod(32 * tensor.shape[-1], columns)
+        if bits in GROUP_BITS and not rest:
             del found[f"{base}.scales"], found[f"{base}.biases"]
             found[name] = replace(tensor, shape=(*tensor.shape[:-1], columns), bits=bits)
     return found
+
+
+def _fit(words: StoredTensor, scales: StoredTensor, biases: StoredTensor) -> bool:
+    """Return whether there are a scale and a bias for each group of the numbers in some words."""
+    parts = scales, biases
+    return (
+        words.dtype == "U32"
+        and all(part.path == words.path and part.dtype in FLOATS for part in parts)
+        and all(part.shape[:-1] == words.shape[:-1] for part in parts)
+        and scales.shape == biases.shape
+        and math.prod(scales.shape) > 0
+    )
 
 
 def read_quantised(

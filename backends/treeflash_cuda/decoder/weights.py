@@ -18,8 +18,8 @@ from treeflash.drafters.adapter import (
     refuse_module,
 )
 from treeflash.drafters.folder import FLOATS, StoredTensor, stored_tensors
-from treeflash.errors import CheckpointError
-from treeflash.low_bit_formats import LowBitTensors
+from treeflash.errors import CheckpointError, first_line
+from treeflash.low_bit_formats import MALFORMED, LowBitTensors
 from treeflash.low_bits import LowBitWeight, StoredWeight
 from treeflash.low_bits import join as join_weights
 from treeflash_cuda.decoder.facts import DecoderFacts
@@ -164,9 +164,18 @@ class Checkpoint:
         return module
 
     def low_bit_weight(self, layer: str) -> LowBitWeight:
-        """Read a layer's weight in the format of another library."""
+        """Read a layer's weight in the format of another library.
+
+        Raises a CheckpointError if its tensors do not fit each other.
+        """
         assert self.low_bits is not None
-        return self.low_bits.read(layer, self.tensors, self._array)
+        try:
+            return self.low_bits.read(layer, self.tensors, self._array)
+        except MALFORMED as error:
+            raise CheckpointError(
+                f"{self.folder} is damaged: the tensors of {layer} do not fit each other "
+                f"({first_line(error)})"
+            ) from error
 
     def _array(self, name: str) -> NDArray[Any]:
         """Read a tensor as NumPy's, which has no bfloat16."""

@@ -153,11 +153,22 @@ def test_weights_that_mlx_has_quantised(bits, tmp_path):
         np.testing.assert_allclose(found, values, atol=1e-6)
 
 
-@pytest.mark.parametrize(("mode", "groups"), [("mxfp4", 2), ("affine", 8)])
-def test_other_quantisations_of_mlx_stay_what_they_are(mode, groups, tmp_path):
-    """A mode of another kind, and groups that would have one bit for a number."""
-    words = {"a.weight": np.zeros((4, 8), np.uint32)}
-    words |= {f"a.{part}": np.zeros((4, groups), np.uint8) for part in ("scales", "biases")}
+@pytest.mark.parametrize(
+    ("mode", "words", "scales", "biases"),
+    [
+        ("mxfp4", 8, np.zeros((4, 2), np.uint8), np.zeros((4, 2), np.uint8)),
+        ("affine", 8, np.zeros((4, 8), "f4"), np.zeros((4, 8), "f4")),
+        ("affine", 7, np.zeros((4, 2), "f4"), np.zeros((4, 2), "f4")),
+        ("affine", 8, np.zeros((4, 2), np.int8), np.zeros((4, 2), np.int8)),
+        ("affine", 8, np.zeros((4, 2), "f4"), np.zeros((3, 2), "f4")),
+        ("affine", 8, np.zeros((4, 2), "f4"), np.zeros((4, 1), "f4")),
+        ("affine", 8, np.zeros((4, 0), "f4"), np.zeros((4, 0), "f4")),
+        ("affine", 8, np.zeros(8, "f4"), np.zeros(8, "f4")),
+    ],
+)
+def test_other_quantisations_of_mlx_stay_what_they_are(mode, words, scales, biases, tmp_path):
+    """A mode of another kind, groups that would have one bit for a number, and damaged files."""
+    words = {"a.weight": np.zeros((4, words), np.uint32), "a.scales": scales, "a.biases": biases}
     save_file(words, tmp_path / "model.safetensors")
     settings = {"group_size": 32, "bits": 4, "mode": mode}
     (tmp_path / "config.json").write_text(json.dumps({"quantization": settings}))
