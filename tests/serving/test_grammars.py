@@ -11,7 +11,8 @@ import pytest
 from byte_tokens import SPECIAL
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_model import reference_model
+from scripted_model import reference_model, scripted_model
+from servers import check_error, serving
 
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler
@@ -267,3 +268,12 @@ def test_special_tokens_are_not_text(compiler, model):
         constraint.advance(token)
     allowed = unpack(constraint.allowed()[None], model.backend.vocab_size)[0]
     assert not allowed[: len(SPECIAL)].any()
+
+
+def test_a_tokenizer_without_bytes_is_refused(tmp_path):
+    """Its decoder only joins tokens, so llguidance does not know their bytes."""
+    model = scripted_model(tmp_path, {"<|hello|>": ["Hi"]}, "<|hello|>")
+    with serving(model) as server:
+        response = server.chat(response_format={"type": "json_object"})
+        check_error(response, 400, "llguidance cannot read its tokenizer")
+        assert server.chat().json()["choices"][0]["message"]["content"] == "Hi"

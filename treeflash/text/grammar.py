@@ -161,7 +161,8 @@ class GrammarCompiler:
         """Compile a grammar; returns a function that makes a constraint for one answer.
 
         A GrammarError is raised if the grammar is invalid, unsupported, or takes too much to
-        compile, an OSError if no process for grammars can be started.
+        compile, another ConfigError if llguidance cannot read the tokenizer, an OSError if no
+        process for grammars can be started.
         """
         vocabulary, sandbox = self._loaded()
         try:
@@ -187,7 +188,14 @@ class GrammarCompiler:
                     "eos_token": sorted(self._tokenizer.stop_token_ids),
                 }
                 sandbox = GrammarSandbox(arguments)  # loads the vocabulary meanwhile
-                self.parts = llguidance.LLTokenizer(**arguments), sandbox
+                try:
+                    vocabulary = llguidance.LLTokenizer(**arguments)
+                except ValueError as error:
+                    raise ConfigError(
+                        "this model's answers cannot be given a form, because llguidance cannot "
+                        f"read its tokenizer ({error}); remove schemas, grammars and enforced calls"
+                    ) from error
+                self.parts = vocabulary, sandbox
             return self.parts
 
 
