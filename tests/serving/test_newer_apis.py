@@ -228,8 +228,10 @@ def test_all_items_reach_the_model():
     """Items of one turn are one message; the instructions and the developer's are one, too."""
     call = {"type": "function_call", "name": "paint", "arguments": '{"colour": "red"}'}
     thoughts = text("It ", "is red.", kind="reasoning_text")
+    (rule,) = text("Be kind.")
+    cached = rule | {"prompt_cache_breakpoint": {"mode": "explicit"}}
     items = [
-        {"role": "developer", "content": text("Be kind.")},
+        {"role": "developer", "content": [cached]},
         {"role": "developer", "content": "Be quick."},
         {"role": "user", "content": text("Paint ", "it.")},
         {

@@ -25,7 +25,7 @@ from treeflash.serving.schemas import (
     Schema,
     StopString,
     Temperature,
-    TextPart,
+    TextContent,
     TopK,
     TopP,
     allowed_tools,
@@ -54,8 +54,10 @@ class Cacheable(Schema):
     cache_control: CacheControl | None = None
 
 
-class TextBlock(TextPart, Cacheable):
+class TextBlock(TextContent, Cacheable):
     """A text, which may mark the end of a prefix to cache."""
+
+    type: Literal["text"]
 
 
 class ImageSource(Schema):
