@@ -95,6 +95,23 @@ def test_rollback_gives_the_masks_of_a_new_matcher(compiler, model, name):
         assert re.fullmatch(PATTERNS.get(name, "(?s).*"), text), text
 
 
+def test_another_text_of_equal_length_has_its_own_mask(compiler, model):
+    """After a rollback, llguidance would give the mask of the first text again."""
+    encode = model.tokenizer.encode
+
+    def masks(*texts):
+        constraint = compiler.compile(GRAMMARS["json"])()
+        for text in texts:
+            for token in encode(text):
+                constraint.advance(token)
+            yield constraint.allowed()
+            constraint.rollback(len(encode(text)))
+
+    _, after_a_rollback = masks('{ "name"\n', '{"name":\n')
+    (alone,) = masks('{"name":\n')
+    assert np.array_equal(after_a_rollback, alone)
+
+
 @pytest.mark.parametrize(
     "text", ['a "quoted" text', "one \\ two", "\\\\", "\\n", "a line\nand another"]
 )

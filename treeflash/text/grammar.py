@@ -118,11 +118,16 @@ class GrammarConstraint:
         self._matcher = matcher
         self._words = -(-vocab_size // 32)
         self._after_stop = 0  # a matcher that has stopped does not count later end tokens
+        # Whether the matcher's latest mask may be of a text that was rolled back: llguidance would
+        # take it for the mask of another text with as many lexemes.
+        self._keeps_old_mask = False
 
     def allowed(self) -> NDArray[np.uint32]:
         mask = np.zeros((1, self._words), np.int32)
         llguidance.numpy.fill_next_token_bitmask(self._matcher, mask)
         self._check()
+        if self._keeps_old_mask:  # where bytes are forced, it keeps the old one
+            self._keeps_old_mask = bool(self._matcher.compute_ff_bytes())
         allowed: NDArray[np.uint32] = mask[0].view(np.uint32)
         return allowed
 
@@ -130,6 +135,8 @@ class GrammarConstraint:
         if self._matcher.is_stopped():
             self._after_stop += 1
         else:
+            if self._keeps_old_mask:
+                self.allowed()
             self._matcher.consume_token(token)
             self._check()
 
@@ -139,6 +146,7 @@ class GrammarConstraint:
         if tokens > beyond:
             self._matcher.rollback(tokens - beyond)
             self._check()
+            self._keeps_old_mask = True
 
     def _check(self) -> None:
         if self._matcher.is_error():
