@@ -168,6 +168,7 @@ def test_messages_in_parts_and_of_developers(server):
         {"role": "developer", "content": [{"type": "text", "text": "Be "}]},
         {"role": "user", "content": [{"type": "text", "text": x} for x in ("Hel", "lo.")]},
     ]
+    parts[0]["content"][0]["prompt_cache_breakpoint"] = {"mode": "explicit", "ttl": "30m"}
     parts[1]["type"] = "text"  # as lm-eval sends it
     plain = [{"role": "system", "content": "Be "}, {"role": "user", "content": "Hello."}]
     both = [server.post(PATH, {"messages": m, "max_tokens": 8}).json() for m in (parts, plain)]
@@ -215,6 +216,8 @@ NOTHING = {
     "modalities": ["text"],
     "prediction": {"type": "content", "content": "The sea"},
     "prompt_cache_key": "a",
+    "prompt_cache_options": {"mode": "explicit", "ttl": "30m"},
+    "prompt_cache_retention": "24h",
     "reasoning_effort": "none",
     "safety_identifier": "b",
     "service_tier": "auto",

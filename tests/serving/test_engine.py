@@ -397,6 +397,20 @@ def test_the_end_waits_for_running_answers(model):
         wait_until(lambda: server.server.should_exit)
 
 
+def test_a_request_while_the_thread_ends_is_refused(serve, monkeypatch):
+    """Nobody would answer it."""
+    server = serve(timeout=2)
+    engine, reserve = server.engine, server.engine._reserve
+
+    def end_before(completion):
+        engine.thread.stop()
+        reserve(completion)
+
+    stand_in(monkeypatch, engine, _reserve=end_before)
+    check_error(server.chat(), 503, "shutting down")
+    assert engine.unfinished == 0
+
+
 def test_counts_of_a_stream_are_those_of_what_it_has_read():
     """A stream may send them with each chunk, after the engine has generated others."""
 

@@ -11,7 +11,8 @@ import pytest
 from byte_tokens import SPECIAL
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_model import reference_model
+from scripted_model import reference_model, scripted_model
+from servers import check_error, serving
 
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler
@@ -92,6 +93,23 @@ def test_rollback_gives_the_masks_of_a_new_matcher(compiler, model, name):
     assert whole or name in ("json", "after"), "the text never reached the end"
     for text in whole:
         assert re.fullmatch(PATTERNS.get(name, "(?s).*"), text), text
+
+
+def test_another_text_of_equal_length_has_its_own_mask(compiler, model):
+    """After a rollback, llguidance would give the mask of the first text again."""
+    encode = model.tokenizer.encode
+
+    def masks(*texts):
+        constraint = compiler.compile(GRAMMARS["json"])()
+        for text in texts:
+            for token in encode(text):
+                constraint.advance(token)
+            yield constraint.allowed()
+            constraint.rollback(len(encode(text)))
+
+    _, after_a_rollback = masks('{ "name"\n', '{"name":\n')
+    (alone,) = masks('{"name":\n')
+    assert np.array_equal(after_a_rollback, alone)
 
 
 @pytest.mark.parametrize(
@@ -267,3 +285,12 @@ def test_special_tokens_are_not_text(compiler, model):
         constraint.advance(token)
     allowed = unpack(constraint.allowed()[None], model.backend.vocab_size)[0]
     assert not allowed[: len(SPECIAL)].any()
+
+
+def test_a_tokenizer_without_bytes_is_refused(tmp_path):
+    """Its decoder only joins tokens, so llguidance does not know their bytes."""
+    model = scripted_model(tmp_path, {"<|hello|>": ["Hi"]}, "<|hello|>")
+    with serving(model) as server:
+        response = server.chat(response_format={"type": "json_object"})
+        check_error(response, 400, "llguidance cannot read its tokenizer")
+        assert server.chat().json()["choices"][0]["message"]["content"] == "Hi"

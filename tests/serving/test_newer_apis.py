@@ -73,6 +73,40 @@ def parts(*texts):
     return [{"type": "text", "text": text} for text in texts]
 
 
+def test_the_helper_for_tools_sends_whole_conversations(messages):
+    """It asks the server to keep the conversation, and goes on without if the refusal says so."""
+    painted = []
+
+    @anthropic.beta_tool(input_schema=COLOUR)
+    def paint(colour: str) -> str:
+        """Paint."""
+        painted.append(colour)
+        return f"It is {colour}."
+
+    answers = messages.beta.messages.tool_runner(
+        model=NAME,
+        max_tokens=150,
+        messages=HELLO,
+        tools=[paint],
+        tool_choice={"type": "tool", "name": "paint"},
+        thinking={"type": "disabled"},
+        max_iterations=2,
+    )
+    assert [answer.stop_reason for answer in answers] == ["tool_use", "tool_use"]
+    assert set(painted) <= {"red", "blue"}
+    assert painted
+
+
+def test_no_conversation_is_kept(messages):
+    """The error has the code by which clients know that they have to send all messages."""
+    with pytest.raises(anthropic.BadRequestError, match="keeps no conversations") as refused:
+        messages.messages.create(
+            model=NAME, max_tokens=4, messages=HELLO, extra_body={"thread": {"type": "create"}}
+        )
+    details = refused.value.body["error"]["details"]
+    assert details == {"error_code": "thread_unsupported_request"}
+
+
 def test_all_messages_reach_the_model():
     calls = [
         {"type": "tool_use", "id": f"call_{i}", "name": "paint", "input": {"colour": colour}}
@@ -194,8 +228,10 @@ def test_all_items_reach_the_model():
     """Items of one turn are one message; the instructions and the developer's are one, too."""
     call = {"type": "function_call", "name": "paint", "arguments": '{"colour": "red"}'}
     thoughts = text("It ", "is red.", kind="reasoning_text")
+    (rule,) = text("Be kind.")
+    cached = rule | {"prompt_cache_breakpoint": {"mode": "explicit"}}
     items = [
-        {"role": "developer", "content": text("Be kind.")},
+        {"role": "developer", "content": [cached]},
         {"role": "developer", "content": "Be quick."},
         {"role": "user", "content": text("Paint ", "it.")},
         {

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 from servers import NAME, serving
 from tool_models import tool_model
@@ -77,6 +78,14 @@ def test_options_reach_the_scheduler(client, server):
 )
 def test_options_that_mean_something_else_here(options, decoding):
     assert OllamaOptions(**options).decoding() == decoding
+
+
+def test_a_whole_number_may_be_a_float():
+    """Home Assistant sends the context's length as 8192.0."""
+    options = OllamaOptions(num_ctx=8192.0, top_k=9.0, num_predict=4.0, temperature=1.0)
+    assert options.decoding() == {"top_k": 9, "max_tokens": 4, "temperature": 1.0}
+    with pytest.raises(ValidationError, match="num_ctx"):
+        OllamaOptions(num_ctx=8192.5)
 
 
 def messages_of(*messages):

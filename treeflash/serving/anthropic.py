@@ -12,7 +12,7 @@ from fastapi import Request as HTTPRequest
 from pydantic import Field
 
 from treeflash.serving.engine import Completion
-from treeflash.serving.errors import bad_request
+from treeflash.serving.errors import APIError, bad_request
 from treeflash.serving.message_parser import MessageParser, MessagePart, PartChange
 from treeflash.serving.models import ModelPool
 from treeflash.serving.schemas import (
@@ -25,7 +25,7 @@ from treeflash.serving.schemas import (
     Schema,
     StopString,
     Temperature,
-    TextPart,
+    TextContent,
     TopK,
     TopP,
     allowed_tools,
@@ -54,8 +54,10 @@ class Cacheable(Schema):
     cache_control: CacheControl | None = None
 
 
-class TextBlock(TextPart, Cacheable):
+class TextBlock(TextContent, Cacheable):
     """A text, which may mark the end of a prefix to cache."""
+
+    type: Literal["text"]
 
 
 class ImageSource(Schema):
@@ -293,6 +295,21 @@ class MessagesRequest(CountTokensRequest):
     stream: bool | None = None
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    thread: dict[str, Any] | None = None  # always refused, in the words of Anthropic's API
+
+    def conversation(self) -> Conversation:
+        """Build the conversation; an APIError if the server should keep it, or fields do not fit.
+
+        Anthropic's client asks its tools' servers to keep it, and sends all of it if they cannot.
+        """
+        if self.thread is not None:
+            raise APIError(
+                400,
+                "this server keeps no conversations; remove thread and send all messages",
+                param="thread",
+                anthropic_details={"error_code": "thread_unsupported_request"},
+            )
+        return super().conversation()
 
     def options(self) -> Options:
         """Return the decoding options; an APIError if `budget_tokens` is not below `max_tokens`."""

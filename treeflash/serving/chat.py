@@ -23,6 +23,7 @@ from treeflash.serving.schemas import (
     Message,
     Metadata,
     NamedToolChoice,
+    PromptCaching,
     ReasoningEffort,
     Tool,
     Verbosity,
@@ -37,7 +38,7 @@ from treeflash.text.stream import Assembler, Chunk
 from treeflash.text.tokenizer import Tokenizer
 
 
-class ChatRequest(DecodingSchema):
+class ChatRequest(DecodingSchema, PromptCaching):
     messages: Items[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -53,7 +54,6 @@ class ChatRequest(DecodingSchema):
     metadata: Metadata | None = None
     modalities: LongList[Literal["text"]] | None = None
     prediction: dict[str, Any] | None = None
-    prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None

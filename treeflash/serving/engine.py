@@ -300,7 +300,9 @@ class Engine:
             answers, prompts, self._withdraw, self.settings.timeout, self._clock
         )
         self._reserve(completion)
-        self.thread.call(partial(self._admit, completion, requests))
+        if not self.thread.call(partial(self._admit, completion, requests)):
+            self._forget(completion)  # the thread has ended since it was asked
+            raise shutting_down()
         return completion
 
     def shorten(self, prompt_ids: Sequence[int], config: DecodeConfig) -> DecodeConfig:
@@ -343,6 +345,11 @@ class Engine:
                     headers={"Retry-After": str(seconds)},
                 )
             self._backlog[completion] = new
+
+    def _forget(self, completion: Completion) -> None:
+        """Give back the places in the queue that a completion still has."""
+        with self._lock:
+            self._backlog.pop(completion, None)
 
     def _withdraw(self, completion: Completion) -> None:
         """Cancel the unfinished answers of a completion; a later prompt may continue them."""
@@ -475,8 +482,7 @@ class Engine:
             if answer.completion is completion:
                 self._cancel(request, keep=keep)
                 del self.running_answers[request]
-        with self._lock:
-            self._backlog.pop(completion, None)
+        self._forget(completion)
         self.metrics.update_gauges(self.scheduler)
 
     def _fail(self, completion: Completion, error: Exception) -> None:

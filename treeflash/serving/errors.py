@@ -81,7 +81,7 @@ class APIError(Exception):
 
     `param` is the field of the request that is wrong, `code` a name of the error for programs.
     `anthropic` and `ollama` are the messages in the forms of these APIs, where clients look for
-    their words.
+    their words. `anthropic_details` tell Anthropic's client what to do instead.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class APIError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
         anthropic: str | None = None,
+        anthropic_details: Mapping[str, str] | None = None,
         ollama: str | None = None,
     ) -> None:
         super().__init__(message)
@@ -101,6 +102,7 @@ class APIError(Exception):
         self.param = None if param is None else _escape_surrogates(param)
         self.code = code
         self._anthropic = anthropic
+        self._anthropic_details = anthropic_details
         self._ollama = None if ollama is None else _escape_surrogates(ollama)
         self.headers = dict(headers or {})
 
@@ -111,8 +113,9 @@ class APIError(Exception):
         kind = ERROR_TYPES.get(self.status, INVALID_REQUEST)
         if path.startswith(ANTHROPIC):
             kind = ANTHROPIC_TYPES.get(self.status, kind)
-            message = self._anthropic or self.message
-            return {"type": "error", "error": {"type": kind, "message": message}}
+            error: dict[str, Any] = {"type": kind, "message": self._anthropic or self.message}
+            error |= {"details": self._anthropic_details} if self._anthropic_details else {}
+            return {"type": "error", "error": error}
         fields = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": fields}
 

@@ -104,6 +104,17 @@ class OllamaOptions(OllamaSchema):
     low_vram: bool | None = None
     numa: bool | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_whole_numbers(cls, fields: Any) -> Any:
+        """Read 4096.0 as 4096: Ollama has one type for numbers of JSON, and clients rely on it."""
+        if not isinstance(fields, dict):
+            return fields
+        return {
+            name: int(x) if isinstance(x, float) and x.is_integer() else x
+            for name, x in fields.items()
+        }
+
     def decoding(self) -> Options:
         """Return the options under the names that they have here."""
         options = given_options(self)

@@ -20,6 +20,7 @@ from treeflash.serving.message_parser import MessageParser, MessagePart, PartCha
 from treeflash.serving.models import ModelPool
 from treeflash.serving.schemas import (
     MAX_TOOLS,
+    Breakable,
     CallMode,
     Function,
     FunctionName,
@@ -31,6 +32,7 @@ from treeflash.serving.schemas import (
     NamedFunction,
     NamedSchema,
     PlainFormat,
+    PromptCaching,
     ReasoningEffort,
     Schema,
     Temperature,
@@ -53,11 +55,11 @@ from treeflash.text.prompt import Content, content_of
 logger = logging.getLogger("treeflash.serving")
 
 
-NOT_ECHOED = {"input", "stream", "stream_options", "client_metadata"}
+NOT_ECHOED = {"input", "stream", "stream_options", "client_metadata", "prompt_cache_options"}
 """The fields of a request that the response does not repeat."""
 
 
-class ContentPart(TextContent):
+class ContentPart(TextContent, Breakable):
     """A text in a message, in reasoning or in the result of a call."""
 
     type: Literal["input_text", "output_text", "text", "reasoning_text", "summary_text"]
@@ -65,7 +67,7 @@ class ContentPart(TextContent):
     logprobs: list[Any] | None = None
 
 
-class InputImage(Schema):
+class InputImage(Breakable):
     """An image in a message of the user or in the result of a call."""
 
     type: Literal["input_image"]
@@ -172,10 +174,10 @@ class ResponseStreamOptions(Schema):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponsesRequest(Schema):
+class ResponsesRequest(PromptCaching):
     """The body of a request. The server keeps no responses and refuses fields that need them.
 
-    `prompt_cache_key`, `safety_identifier`, `user` and `metadata` change nothing here.
+    `safety_identifier`, `user` and `metadata` change nothing here.
     """
 
     model: str | None = None
@@ -196,7 +198,6 @@ class ResponsesRequest(Schema):
     truncation: Literal["disabled"] | None = None
     service_tier: Literal["auto", "default"] | None = None
     background: Literal[False] | None = None
-    prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     user: str | None = None
     metadata: Metadata | None = None

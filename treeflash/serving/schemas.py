@@ -240,16 +240,47 @@ class TextContent(Schema):
         return text_part(self.text)
 
 
-class TextPart(TextContent):
+CacheTime = Literal["30m", "12h"]
+"""OpenAI's times for which beginnings of prompts are cached."""
+
+
+class CacheBreakpoint(Schema):
+    mode: Literal["explicit"]
+    ttl: CacheTime | None = None
+
+
+class Breakable(Schema):
+    """A part of OpenAI's messages that may mark the end of a prefix to cache.
+
+    This server caches all prompts anyway.
+    """
+
+    prompt_cache_breakpoint: CacheBreakpoint | None = None
+
+
+class CacheOptions(Schema):
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: CacheTime | None = None
+
+
+class PromptCaching(Schema):
+    """OpenAI's fields for the caching of prompts, which change nothing here."""
+
+    prompt_cache_key: str | None = None
+    prompt_cache_options: CacheOptions | None = None
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
+
+
+class TextPart(TextContent, Breakable):
     type: Literal["text"]
 
 
 class ImageURL(Schema):
     url: str
-    detail: Literal["auto", "low", "high"] | None = None  # changes nothing here
+    detail: Literal["auto", "low", "high", "original"] | None = None  # changes nothing here
 
 
-class ImagePart(Schema):
+class ImagePart(Breakable):
     type: Literal["image_url"]
     image_url: ImageURL
 

@@ -118,11 +118,16 @@ class GrammarConstraint:
         self._matcher = matcher
         self._words = -(-vocab_size // 32)
         self._after_stop = 0  # a matcher that has stopped does not count later end tokens
+        # Whether the matcher's latest mask may be of a text that was rolled back: llguidance would
+        # take it for the mask of another text with as many lexemes.
+        self._keeps_old_mask = False
 
     def allowed(self) -> NDArray[np.uint32]:
         mask = np.zeros((1, self._words), np.int32)
         llguidance.numpy.fill_next_token_bitmask(self._matcher, mask)
         self._check()
+        if self._keeps_old_mask:  # where bytes are forced, it keeps the old one
+            self._keeps_old_mask = bool(self._matcher.compute_ff_bytes())
         allowed: NDArray[np.uint32] = mask[0].view(np.uint32)
         return allowed
 
@@ -130,6 +135,8 @@ class GrammarConstraint:
         if self._matcher.is_stopped():
             self._after_stop += 1
         else:
+            if self._keeps_old_mask:
+                self.allowed()
             self._matcher.consume_token(token)
             self._check()
 
@@ -139,6 +146,7 @@ class GrammarConstraint:
         if tokens > beyond:
             self._matcher.rollback(tokens - beyond)
             self._check()
+            self._keeps_old_mask = True
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -161,7 +169,8 @@ class GrammarCompiler:
         """Compile a grammar; returns a function that makes a constraint for one answer.
 
         A GrammarError is raised if the grammar is invalid, unsupported, or takes too much to
-        compile, an OSError if no process for grammars can be started.
+        compile, another ConfigError if llguidance cannot read the tokenizer, an OSError if no
+        process for grammars can be started.
         """
         vocabulary, sandbox = self._loaded()
         try:
@@ -187,7 +196,14 @@ class GrammarCompiler:
                     "eos_token": sorted(self._tokenizer.stop_token_ids),
                 }
                 sandbox = GrammarSandbox(arguments)  # loads the vocabulary meanwhile
-                self.parts = llguidance.LLTokenizer(**arguments), sandbox
+                try:
+                    vocabulary = llguidance.LLTokenizer(**arguments)
+                except ValueError as error:
+                    raise ConfigError(
+                        "this model's answers cannot be given a form, because llguidance cannot "
+                        f"read its tokenizer ({error}); remove schemas, grammars and enforced calls"
+                    ) from error
+                self.parts = vocabulary, sandbox
             return self.parts
 
 
