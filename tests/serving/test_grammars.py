@@ -16,6 +16,8 @@ from scripted_model import reference_model
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler
 from treeflash.decoding.sampling import unpack
+from treeflash.serving.message_parser import ResponseTemplate
+from treeflash.serving.response_templates import TOOL_CALL_PARSERS
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.testing.pairs import repeated
 from treeflash.text.grammar import Grammar, GrammarError
@@ -95,10 +97,11 @@ def test_rollback_gives_the_masks_of_a_new_matcher(compiler, model, name):
 
 
 @pytest.mark.parametrize(
-    "text", ['a "quoted" text', "one \\ two", "\\\\", "\\n", "a line\nand another"]
+    "text", ['a "quoted" text', "one \\ two", "\\\\", "\\n", "a line\nand another", "delete \x7f"]
 )
-def test_a_choice_is_taken_literally(compiler, model, text):
-    constraint, tokens = compiler.compile(Grammar.choice([text]))(), []
+@pytest.mark.parametrize("form", [Grammar.choice, lambda texts: Grammar.regex(re.escape(*texts))])
+def test_a_choice_is_taken_literally(compiler, model, form, text):
+    constraint, tokens = compiler.compile(form([text]))(), []
     while True:
         found = np.flatnonzero(unpack(constraint.allowed()[None], model.backend.vocab_size)[0])
         if set(found) & set(model.tokenizer.stop_token_ids):
@@ -106,6 +109,19 @@ def test_a_choice_is_taken_literally(compiler, model, text):
         tokens.append(int(found[0]))
         constraint.advance(tokens[-1])
     assert model.tokenizer.decode(tokens) == text
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("parser", TOOL_CALL_PARSERS)
+def test_reasoning_may_precede_a_form(compiler, model, parser, begun):
+    template = ResponseTemplate(TOOL_CALL_PARSERS[parser])
+    make = compiler.compile(template.prepend_reasoning(Grammar.choice(["yes"]), begun=begun))
+    ends = template.reasoning_ends(begun=begun)
+    thought = "" if ends is None else "Why?".join(ends)
+    constraint = make()
+    for token in model.tokenizer.encode(f"{thought}yes"):
+        assert unpack(constraint.allowed()[None], model.backend.vocab_size)[0, token]
+        constraint.advance(token)
 
 
 def test_answers_do_not_share_a_matcher(compiler):
