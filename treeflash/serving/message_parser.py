@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from treeflash.decoding.families import family_of
 from treeflash.drafters.folder import read_config
 from treeflash.serving.errors import bad_request
-from treeflash.serving.response_templates import JSON_CALL, TOOL_CALL_PARSERS
+from treeflash.serving.response_templates import JSON_CALL, SPACE_RUN, TOOL_CALL_PARSERS
 from treeflash.serving.schemas import ANY_OBJECT, AllowedTools
 from treeflash.text.grammar import SPACE, Grammar, bound_white_space, escape_slashes
 from treeflash.text.stream import Chunk
@@ -175,7 +175,7 @@ def _pattern(field: Mapping[str, Any], end: str) -> str | None:
     if f"{end}_pattern" in field:
         pattern = str(field[f"{end}_pattern"])
         if (found := LOOKAHEAD.search(pattern)) is not None:  # the call has no text before its JSON
-            return "" if found.start() == len(OPTIONAL_SPACE) else None
+            return "" if pattern[: found.start()] in (OPTIONAL_SPACE, SPACE_RUN) else None
         return pattern.replace(OPTIONAL_SPACE, SPACE)
     literal = field.get(end)
     literal = literal[0] if isinstance(literal, list) else literal
