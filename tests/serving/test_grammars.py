@@ -8,7 +8,7 @@ from shutil import copy
 
 import numpy as np
 import pytest
-from byte_tokens import SPECIAL
+from byte_tokens import END, SPECIAL, save_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted_model import reference_model
@@ -20,7 +20,7 @@ from treeflash.serving.message_parser import ResponseTemplate
 from treeflash.serving.response_templates import TOOL_CALL_PARSERS
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.testing.pairs import repeated
-from treeflash.text.grammar import Grammar, GrammarError
+from treeflash.text.grammar import Grammar, GrammarCompiler, GrammarError
 from treeflash.text.tokenizer import Tokenizer
 
 SCHEMA = {
@@ -112,16 +112,25 @@ def test_a_choice_is_taken_literally(compiler, model, form, text):
 
 
 @pytest.mark.parametrize("begun", [False, True])
-@pytest.mark.parametrize("parser", TOOL_CALL_PARSERS)
-def test_reasoning_may_precede_a_form(compiler, model, parser, begun):
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("parser", ["hermes", "gemma4", "deepseek_v3"])
+def test_reasoning_may_precede_a_form(tmp_path, parser, special, begun):
+    """Its ends are texts of a vocabulary, or begin and end with its special tokens."""
     template = ResponseTemplate(TOOL_CALL_PARSERS[parser])
-    make = compiler.compile(template.prepend_reasoning(Grammar.choice(["yes"]), begun=begun))
-    ends = template.reasoning_ends(begun=begun)
-    thought = "" if ends is None else "Why?".join(ends)
-    constraint = make()
-    for token in model.tokenizer.encode(f"{thought}yes"):
-        assert unpack(constraint.allowed()[None], model.backend.vocab_size)[0, token]
-        constraint.advance(token)
+    opening, close = template.reasoning_ends(begun=False)
+    names = [opening[: opening.index(">") + 1], close] if special else []
+    tokenizer = Tokenizer.from_folder(save_tokenizer(tmp_path, more=names))
+    tokenizer = Tokenizer(tokenizer.transformers, frozenset({END}))
+    compiler = GrammarCompiler(tokenizer, tokenizer.size)
+    grammar = template.prepend_reasoning(Grammar.choice(["yes"]), tokenizer, begun=begun)
+    make = compiler.compile(grammar)
+    begin = "" if begun else opening
+    texts = [f"{begin}{thought}{close}\nyes" for thought in ("", "Why? {}\n")]
+    for text in texts if begun else ["yes", *texts]:
+        constraint = make()
+        for token in [*tokenizer.encode_continuation(text), END]:
+            assert unpack(constraint.allowed()[None], tokenizer.size)[0, token], text
+            constraint.advance(token)
 
 
 def test_answers_do_not_share_a_matcher(compiler):

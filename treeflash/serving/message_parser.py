@@ -98,13 +98,27 @@ class ResponseTemplate:
         opening, close = "" if begun else self.reasoning_opening, self.reasoning_close
         return None if opening is None or close is None else (opening, close)
 
-    def prepend_reasoning(self, grammar: Grammar, *, begun: bool) -> Grammar:
-        """Return a grammar after reasoning, which is optional if the prompt has not `begun` it."""
+    def prepend_reasoning(self, grammar: Grammar, tokenizer: Tokenizer, *, begun: bool) -> Grammar:
+        """Return a grammar after reasoning, which is optional if the prompt has not `begun` it.
+
+        Where the reasoning begins or ends with a special token, only this token is accepted there:
+        no text of a grammar matches it, and a model does not write its name.
+        """
         if (ends := self.reasoning_ends(begun=begun)) is None:
             return grammar
-        opening, close = (escape_slashes(re.escape(text)) for text in ends)
-        lead = f"thought /{SPACE}/"
-        rule = f"thought[lazy]: /{opening}(?s:.*){close}/"
+        opening, close = ends
+        begin, end, special = "", "", tokenizer.special_token_ids
+        for token in tokenizer.encode_continuation(opening)[:1]:
+            if token in special:
+                begin, opening = f"<[{token}]> ", opening.removeprefix(tokenizer.token_text(token))
+        for token in tokenizer.encode_continuation(close)[-1:]:
+            if token in special:
+                end, close = f" <[{token}]>", close.removesuffix(tokenizer.token_text(token))
+        opening, close = (escape_slashes(re.escape(text)) for text in (opening, close))
+        text = f"/{opening}(?s:.*){close}/"
+        lead = f"{begin}thought{end} /{SPACE}/"
+        # A special token ends any text; other ends are the first ones in the text.
+        rule = f"thought{'' if end else '[lazy]'}: {text}"
         return grammar.prepend(lead if begun else f"({lead})?", rule=rule)
 
     def call_grammar(self, tools: AllowedTools, *, free: bool, param: str) -> Grammar:
