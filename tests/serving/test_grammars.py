@@ -8,7 +8,7 @@ from shutil import copy
 
 import numpy as np
 import pytest
-from byte_tokens import SPECIAL
+from byte_tokens import END, SPECIAL, save_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted_model import reference_model, scripted_model
@@ -17,9 +17,11 @@ from servers import check_error, serving
 from treeflash.config import METHODS, DecodeConfig, SamplingConfig
 from treeflash.decoding import Request, Scheduler
 from treeflash.decoding.sampling import unpack
+from treeflash.serving.message_parser import ResponseTemplate
+from treeflash.serving.response_templates import TOOL_CALL_PARSERS
 from treeflash.testing.models import write_drafter, write_target
 from treeflash.testing.pairs import repeated
-from treeflash.text.grammar import Grammar, GrammarError
+from treeflash.text.grammar import Grammar, GrammarCompiler, GrammarError
 from treeflash.text.tokenizer import Tokenizer
 
 SCHEMA = {
@@ -113,10 +115,11 @@ def test_another_text_of_equal_length_has_its_own_mask(compiler, model):
 
 
 @pytest.mark.parametrize(
-    "text", ['a "quoted" text', "one \\ two", "\\\\", "\\n", "a line\nand another"]
+    "text", ['a "quoted" text', "one \\ two", "\\\\", "\\n", "a line\nand another", "delete \x7f"]
 )
-def test_a_choice_is_taken_literally(compiler, model, text):
-    constraint, tokens = compiler.compile(Grammar.choice([text]))(), []
+@pytest.mark.parametrize("form", [Grammar.choice, lambda texts: Grammar.regex(re.escape(*texts))])
+def test_a_choice_is_taken_literally(compiler, model, form, text):
+    constraint, tokens = compiler.compile(form([text]))(), []
     while True:
         found = np.flatnonzero(unpack(constraint.allowed()[None], model.backend.vocab_size)[0])
         if set(found) & set(model.tokenizer.stop_token_ids):
@@ -124,6 +127,28 @@ def test_a_choice_is_taken_literally(compiler, model, text):
         tokens.append(int(found[0]))
         constraint.advance(tokens[-1])
     assert model.tokenizer.decode(tokens) == text
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("parser", ["hermes", "gemma4", "deepseek_v3"])
+def test_reasoning_may_precede_a_form(tmp_path, parser, special, begun):
+    """Its ends are texts of a vocabulary, or begin and end with its special tokens."""
+    template = ResponseTemplate(TOOL_CALL_PARSERS[parser])
+    opening, close = template.reasoning_ends(begun=False)
+    names = [opening[: opening.index(">") + 1], close] if special else []
+    tokenizer = Tokenizer.from_folder(save_tokenizer(tmp_path, more=names))
+    tokenizer = Tokenizer(tokenizer.transformers, frozenset({END}))
+    compiler = GrammarCompiler(tokenizer, tokenizer.size)
+    grammar = template.prepend_reasoning(Grammar.choice(["yes"]), tokenizer, begun=begun)
+    make = compiler.compile(grammar)
+    begin = "" if begun else opening
+    texts = [f"{begin}{thought}{close}\nyes" for thought in ("", "Why? {}\n")]
+    for text in texts if begun else ["yes", *texts]:
+        constraint = make()
+        for token in [*tokenizer.encode_continuation(text), END]:
+            assert unpack(constraint.allowed()[None], tokenizer.size)[0, token], text
+            constraint.advance(token)
 
 
 def test_answers_do_not_share_a_matcher(compiler):

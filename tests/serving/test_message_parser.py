@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -184,6 +185,17 @@ def test_tool_call_parsers(tokenizer, name, size):
     assert all(len(call.id) == 9 for call in parser.calls)
     plain = parse(template, prompt, tokenizer, "It is {here}.", size)
     assert (plain.content, plain.calls) == ("It is {here}.", [])
+
+
+@pytest.mark.parametrize("name", TOOL_CALL_PARSERS)
+def test_a_long_run_of_white_space_is_read_in_no_time(tokenizer, name):
+    """The event loop reads it, so all other answers would wait."""
+    template, prompt = ResponseTemplate(TOOL_CALL_PARSERS[name]), PARSERS[name][0]
+    text = "Yes." + " \n" * 1000 + "No."
+    started = time.process_time()
+    parser = parse(template, prompt, tokenizer, text, 4)
+    assert parser.content == text
+    assert time.process_time() - started < 2
 
 
 THOUGHT = "<think>Hm.</think>"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from treeflash.decoding.families import family_of
 from treeflash.drafters.folder import read_config
 from treeflash.serving.errors import bad_request
-from treeflash.serving.response_templates import JSON_CALL, TOOL_CALL_PARSERS
+from treeflash.serving.response_templates import JSON_CALL, SPACE_RUN, TOOL_CALL_PARSERS
 from treeflash.serving.schemas import ANY_OBJECT, AllowedTools
 from treeflash.text.grammar import SPACE, Grammar, bound_white_space, escape_slashes
 from treeflash.text.stream import Chunk
@@ -98,13 +98,27 @@ class ResponseTemplate:
         opening, close = "" if begun else self.reasoning_opening, self.reasoning_close
         return None if opening is None or close is None else (opening, close)
 
-    def prepend_reasoning(self, grammar: Grammar, *, begun: bool) -> Grammar:
-        """Return a grammar after reasoning, which is optional if the prompt has not `begun` it."""
+    def prepend_reasoning(self, grammar: Grammar, tokenizer: Tokenizer, *, begun: bool) -> Grammar:
+        """Return a grammar after reasoning, which is optional if the prompt has not `begun` it.
+
+        Where the reasoning begins or ends with a special token, only this token is accepted there:
+        no text of a grammar matches it, and a model does not write its name.
+        """
         if (ends := self.reasoning_ends(begun=begun)) is None:
             return grammar
-        opening, close = (escape_slashes(re.escape(text)) for text in ends)
-        lead = f"thought /{SPACE}/"
-        rule = f"thought[lazy]: /{opening}(?s:.*){close}/"
+        opening, close = ends
+        begin, end, special = "", "", tokenizer.special_token_ids
+        for token in tokenizer.encode_continuation(opening)[:1]:
+            if token in special:
+                begin, opening = f"<[{token}]> ", opening.removeprefix(tokenizer.token_text(token))
+        for token in tokenizer.encode_continuation(close)[-1:]:
+            if token in special:
+                end, close = f" <[{token}]>", close.removesuffix(tokenizer.token_text(token))
+        opening, close = (escape_slashes(re.escape(text)) for text in (opening, close))
+        text = f"/{opening}(?s:.*){close}/"
+        lead = f"{begin}thought{end} /{SPACE}/"
+        # A special token ends any text; other ends are the first ones in the text.
+        rule = f"thought{'' if end else '[lazy]'}: {text}"
         return grammar.prepend(lead if begun else f"({lead})?", rule=rule)
 
     def call_grammar(self, tools: AllowedTools, *, free: bool, param: str) -> Grammar:
@@ -175,7 +189,7 @@ def _pattern(field: Mapping[str, Any], end: str) -> str | None:
     if f"{end}_pattern" in field:
         pattern = str(field[f"{end}_pattern"])
         if (found := LOOKAHEAD.search(pattern)) is not None:  # the call has no text before its JSON
-            return "" if found.start() == len(OPTIONAL_SPACE) else None
+            return "" if pattern[: found.start()] in (OPTIONAL_SPACE, SPACE_RUN) else None
         return pattern.replace(OPTIONAL_SPACE, SPACE)
     literal = field.get(end)
     literal = literal[0] if isinstance(literal, list) else literal

@@ -20,6 +20,9 @@ def _family_template(anchor: str | list[str], calls: Any, call: Any, **fields: A
     return {"defaults": {"role": "assistant"}, "start_anchor": anchor, "fields": fields}
 
 
+SPACE_RUN = r"(?<!\s)\s*"
+"""All white space between two texts. A search for it tries no place inside the space: before a
+lookahead, which no search can skip to, that would take the square of its length for each chunk."""
 NAMED_CALL = {"name": "{name}", "arguments": "{content}"}
 CHATML: dict[str, Any] = {
     "anchor": "<|im_start|>assistant\n",
@@ -60,7 +63,7 @@ JSON_CALL = {"name": "{content.name}", "arguments": "{content.parameters}"}
 LLAMA3 = _family_template(
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
     # A message is either text or one call, which ends with the message.
-    calls={"open_pattern": r'\s*(?=\{\s*"name")', "content": "json"},
+    calls={"open_pattern": SPACE_RUN + r'(?=\{\s*"name")', "content": "json"},
     call=JSON_CALL,
     content={},
 )
@@ -77,7 +80,7 @@ def _deepseek(opening: str, close: str) -> Any:
     return _family_template(
         "<｜Assistant｜>",
         calls={
-            "open_pattern": rf"\s*(?:<｜tool▁calls▁begin｜>)?\s*<｜tool▁call▁begin｜>{opening}",
+            "open_pattern": rf"\s*(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>{opening}",
             "close_pattern": rf"{close}<｜tool▁call▁end｜>",
             "content": "json",
         },

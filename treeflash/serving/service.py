@@ -262,7 +262,9 @@ class Conversation:
                 calls = form.template.call_grammar(tools, free=False, param=param)
                 grammar = grammar.either(calls)
         if form is not None and (form.in_reasoning or self._may_think(service)):
-            grammar = form.template.prepend_reasoning(grammar, begun=form.in_reasoning)
+            grammar = form.template.prepend_reasoning(
+                grammar, service.tokenizer, begun=form.in_reasoning
+            )
         return grammar, param
 
     def _may_think(self, service: Service) -> bool:

@@ -61,7 +61,8 @@ class Grammar:
     def choice(cls, texts: Sequence[str]) -> Grammar:
         """Accept one of several texts."""
         strings = (json.dumps(text, ensure_ascii=False) for text in texts)
-        return cls.lark("start: " + " | ".join(strings))
+        # The Lark format takes no delete character as it is, and JSON does not escape it.
+        return cls.lark("start: " + " | ".join(strings).replace("\x7f", r"\u007f"))
 
     @classmethod
     def lark(cls, text: str) -> Grammar:
@@ -100,8 +101,15 @@ def bound_white_space(schema: Mapping[str, Any] | bool) -> Mapping[str, Any]:
 
 
 def escape_slashes(pattern: str) -> str:
-    """Return a regular expression, escaped for the slashes of the Lark format."""
-    return re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", pattern, flags=re.DOTALL)
+    """Return a regular expression, escaped for the slashes of the Lark format.
+
+    There an escaped end of a line, as `re.escape` writes it, would end the expression.
+    """
+
+    def escape(found: re.Match[str]) -> str:
+        return {"/": r"\/", "\\\n": r"\n"}.get(found[0], found[0])
+
+    return re.sub(r"\\.|/", escape, pattern, flags=re.DOTALL)
 
 
 class GrammarConstraint:

@@ -541,13 +541,15 @@ class TextStream:
 
         A cut inside a character garbles at most three bytes, and a cut before a token that
         decoders strip a space from garbles its first character. So four equal characters prove
-        that the rest is equal too.
+        that the rest is equal too. They may have four ids each, as emoji and rare scripts do.
         """
-        start = len(self._window) - WINDOW_TOKENS
-        while start and self._window[start] in self._tokenizer.byte_token_ids:
-            start -= 1
-        tail = self._tokenizer.decode(self._window[start:])
-        dropped = len(window_text) - len(tail)
-        if len(tail) >= 4 and window_text.endswith(tail) and dropped <= self._consumed:
-            self._window = self._window[start:]
-            self._consumed -= dropped
+        for count in (WINDOW_TOKENS, 2 * WINDOW_TOKENS):
+            start = len(self._window) - count
+            while start and self._window[start] in self._tokenizer.byte_token_ids:
+                start -= 1
+            tail = self._tokenizer.decode(self._window[start:])
+            dropped = len(window_text) - len(tail)
+            if len(tail) >= 4 and window_text.endswith(tail) and dropped <= self._consumed:
+                self._window = self._window[start:]
+                self._consumed -= dropped
+                return

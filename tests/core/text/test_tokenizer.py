@@ -327,6 +327,16 @@ def test_window_stays_short(plain):
     assert max(len(ids) for (ids,) in windows) < 18, "twice the tokens of a window, and one"
 
 
+@pytest.mark.parametrize("text", ["𐌰𐌱𐌲𐌳", "𓀀", "ዛa𐌰ሬ"])
+def test_window_stays_short_in_characters_of_four_tokens(plain, text):
+    token_ids = plain.encode(text * 60)
+    stream = TextStream(plain)
+    with recording(plain, "decode") as windows:
+        shown = "".join(stream.push([token_id]) for token_id in token_ids)
+    assert shown + stream.finish() == text * 60
+    assert max(len(ids) for (ids,) in windows) < 24, "four characters and two parts, and one token"
+
+
 def test_empty_stop_string_is_refused(plain):
     with pytest.raises(ConfigError, match="stop string"):
         TextStream(plain, [""])
