@@ -287,6 +287,19 @@ def test_code_is_compiled_once_and_kept(tmp_path, monkeypatch):
         Kernel(GENERIC, random_weight("Q4_0", 16, 32).format)
 
 
+def test_a_damaged_file_of_code_is_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("TREEFLASH_CACHE", str(tmp_path))
+    isa = ISAS[0] if ISAS[0] in isas() else GENERIC
+    kind = random_weight("Q8_0", 16, 32).format
+    Kernel(isa, kind)
+    (file,) = (tmp_path / "kernels").iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:2000], bytes(len(whole))):
+        file.write_bytes(damaged)
+        Kernel(isa, kind)
+        assert file.read_bytes() == whole
+
+
 # A kernel for no processor in particular takes seconds to compile.
 @pytest.mark.nightly
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):

@@ -170,10 +170,10 @@ def convert_gguf(
     try:
         convert = _drafter if kind == DRAFTER else _target
         model = convert(str(kind), fields, stored)
+        if packed and kind != DRAFTER:
+            model = pack_model(model)
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{path.name}: missing or unsupported GGUF entry: {error}") from error
-    if packed and kind != DRAFTER:
-        model = pack_model(model)
     for name, document in model.documents.items():
         (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if model.tokenizer is not None:
@@ -212,7 +212,7 @@ def _config(architecture: Architecture, fields: Fields, tensors: Tensors) -> dic
     return {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
-        **_layers(fields),
+        **_layers(fields, tensors),
         "mlp_bias": False,
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
@@ -222,8 +222,11 @@ def _config(architecture: Architecture, fields: Fields, tensors: Tensors) -> dic
     }
 
 
-def _layers(fields: Fields) -> dict[str, Any]:
+def _layers(fields: Fields, tensors: Tensors) -> dict[str, Any]:
     """Return the settings that the layers of targets and drafters have."""
+    count = int(fields["block_count"])
+    if not 0 < count <= len(tensors):  # a damaged number would fill the memory with settings
+        raise ValueError(f"block_count = {count}, with {len(tensors)} tensors")
     hidden_size, heads = int(fields["embedding_length"]), int(fields["attention.head_count"])
     head_dim = int(fields.get("attention.key_length") or hidden_size // heads)
     if fields.get("rope.dimension_count", head_dim) != head_dim:
@@ -232,7 +235,7 @@ def _layers(fields: Fields) -> dict[str, Any]:
     return {
         "hidden_size": hidden_size,
         "intermediate_size": int(fields["feed_forward_length"]),
-        "num_hidden_layers": int(fields["block_count"]),
+        "num_hidden_layers": count,
         "num_attention_heads": heads,
         "num_key_value_heads": int(np.max(fields.get("attention.head_count_kv", heads))),
         "head_dim": head_dim,
@@ -458,7 +461,7 @@ def _drafter_config(fields: Fields, stored: Tensors) -> dict[str, Any]:
     As in llama.cpp, the root's slot predicts a token with a Markov head, and no slot is causal,
     unless the file says otherwise.
     """
-    layers = _layers(fields)
+    layers = _layers(fields, stored)
     if window := int(fields.get("attention.sliding_window") or 0):
         kinds = fields["attention.sliding_window_pattern"]
         names = {True: "sliding_attention", False: "full_attention"}

@@ -26,6 +26,9 @@ from treeflash.config import cache_folder
 from treeflash_cuda.cpu import ir_builder
 from treeflash_cuda.cpu.ir_builder import FORK, ISAS, Isa
 
+HASH_NBYTES = hashlib.sha256().digest_size
+"""Bytes of the hash of a file's code, which begins the file."""
+
 
 @functools.cache
 def best_isa() -> Isa | None:
@@ -65,13 +68,17 @@ def compiled(
 
 def _object_code(path: Path, machine: Any, build: Callable[[], str]) -> bytes:
     """Read code from the cache, or compile it."""
+    # LLVM crashes at a damaged file, which a machine leaves that loses power. So the code stands
+    # behind its hash.
     with suppress(OSError):
-        return path.read_bytes()
+        stored = path.read_bytes()
+        if hashlib.sha256(stored[HASH_NBYTES:]).digest() == stored[:HASH_NBYTES]:
+            return stored[HASH_NBYTES:]
     code: bytes = machine.emit_object(optimised(build(), machine))
     with suppress(OSError):  # the next process then compiles it again
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        scratch.write_bytes(code)
+        scratch.write_bytes(hashlib.sha256(code).digest() + code)
         scratch.replace(path)
     return code
 

@@ -126,6 +126,16 @@ def test_settings_that_do_not_fit_the_weights_are_refused(tmp_path, setting, val
         convert_gguf(path, tmp_path)
 
 
+def test_a_weight_without_columns_is_refused(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    contents, name = path.read_bytes(), b"blk.0.attn_q.weight"
+    place = contents.index(name) + len(name) + 4  # behind the number of its dimensions
+    path.write_bytes(contents[:place] + bytes(8) + contents[place + 8 :])
+    with pytest.raises(CheckpointError, match=r"^tiny\.gguf"):
+        convert_gguf(path, tmp_path, packed=True)
+
+
 def test_weights_of_an_unknown_type_are_refused(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
     unknown = NotImplementedError("Dequantization for Q1_0 is not yet implemented")

@@ -325,6 +325,10 @@ def replaced_id(key: str) -> Callable[[bytes], bytes]:
         (replaced("Ġt he", "Ġt hx"), "tokenizer.ggml.merges: .* `hx` out of vocabulary"),
         (replaced("tokenizer.ggml.pre", "tokenizer.ggml.prx"), "tokenizer.ggml.pre = 'default'"),
         (replaced("blk.3.attn_q.bias", "blk.3.attn_q.bios"), r"blk\.3\.attn_q\.bios"),
+        (
+            replaced_id("qwen2.block_count"),
+            r"unsupported GGUF entry: block_count = 65535, with \d+",
+        ),
         (replaced_id("qwen2.rope.dimension_count"), "rope.dimension_count = 65535"),
         (replaced_id("tokenizer.ggml.eos_token_id"), "unsupported GGUF entry: list index out of"),
     ],
