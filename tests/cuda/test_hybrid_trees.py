@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from failures import failing
 from parts import use_models
 from stand_ins import stand_in
 
@@ -131,6 +132,19 @@ def test_no_graph_reads_states_that_moved(tmp_path, monkeypatch, family):
         found.append(results)
     assert static.target.state_arena.slots > MIN_SLOTS
     np.testing.assert_allclose(*found, atol=1e-4)
+
+
+def test_states_of_all_shapes_grow_or_none_do(folders, monkeypatch):
+    """Memory may run out for the last of them; slots that only some have would be read later."""
+    arena = load_with_parts(monkeypatch, folders[0]).target.state_arena
+    assert len(arena.tensors) > 1
+    slots = arena.slots
+    with failing(torch.Tensor, "new_zeros", MemoryError, call=2), pytest.raises(MemoryError):
+        arena.take(1)
+    assert [len(x) for x in arena.tensors] == [slots] * len(arena.tensors)
+    (new,) = arena.take(1)
+    assert {len(x) for x in arena.tensors} == {arena.slots}
+    assert slots <= new.slot < arena.slots
 
 
 def test_the_state_of_a_finished_sequence_keeps_no_other_alive(folders, monkeypatch):

@@ -484,13 +484,15 @@ class Iteration:
                 raise
             if len(sequences) == 1:
                 sequences[0].fail(error)
-            else:
-                for sequence in sequences:
-                    yield from self._batch([sequence], phase, call)
+                return
+        else:
+            for sequence in sequences:
+                sequence.add_time(phase, started)
+            yield from zip(sequences, outcomes, strict=True)
             return
+        # This is not inside `except`, where the error keeps what the call computed in memory.
         for sequence in sequences:
-            sequence.add_time(phase, started)
-        yield from zip(sequences, outcomes, strict=True)
+            yield from self._batch([sequence], phase, call)
 
 
 def concerns_few(error: Exception) -> bool:

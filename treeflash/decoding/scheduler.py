@@ -28,6 +28,7 @@ from treeflash.errors import (
     MemoryInUseError,
     PromptError,
     is_of_earlier_work,
+    is_out_of_memory,
 )
 
 MIB = 1 << 20
@@ -243,13 +244,17 @@ class Scheduler:
         with self._trusted_states(events):
             self._admit(events)
             Iteration(self.backend, self.sequences, self._budget, prefill_chunks).run()
+            lacks_memory = False
             for sequence in list(self.sequences):
                 events += ((sequence.request, event) for event in sequence.events)
                 finished = sequence.pending is None
-                failed = finished and isinstance(sequence.events[-1], Exception)
+                last = sequence.events[-1] if finished else None
                 sequence.events.clear()
                 if finished:
-                    self._end(sequence, keep=not failed)
+                    self._end(sequence, keep=not isinstance(last, Exception))
+                lacks_memory |= isinstance(last, Exception) and is_out_of_memory(last)
+            if lacks_memory and self.prefix_cache:  # later requests shall not fail, too
+                self.prefix_cache.shrink(self.prefix_cache.nbytes // 2)
             self._store_states()
         return events
 

@@ -110,9 +110,12 @@ class StateArena:
         return committed
 
     def _grow(self, count: int) -> None:
-        first = self.slots
-        for group, x in enumerate(self.tensors):
-            self.tensors[group] = torch.cat([x, x.new_zeros((count, *x.shape[1:]))])
+        first, grown = self.slots, []
+        for x in self.tensors:
+            new = x.new_zeros((first + count, *x.shape[1:]))
+            new[:first] = x
+            grown.append(new)
+        self.tensors = grown  # all groups or none: memory may run out for the last one
         self.free += reversed(range(first, first + count))
 
 

@@ -6,10 +6,12 @@
 import queue
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from failures import failing
 from fake_models import PROMPT, SCRIPT, scripted
@@ -417,6 +419,43 @@ def test_cached_states_leave_reserved_memory_one_by_one(backend):
     ((request_id, _),) = scheduler.step()
     assert request_id == first, "a request overtook another"
     assert (scheduler.running, len(scheduler.prefix_cache), room.refused) == (1, 1, 3)
+
+
+def test_cached_states_make_room_after_memory_has_run_out(backend):
+    """Else each later sequence would end in the same way."""
+    cache, run = PrefixCache(10**9), backend.verifier.run
+    scheduler = Scheduler(backend, prefix_cache=cache)
+    expected = generate(backend, [30], config_of())
+    for prompt in ([5, 6], [7, 8], [9, 10], [15, 16]):
+        answer(scheduler, prompt, max_tokens=2)
+
+    def run_if_it_fits(work):
+        if len(cache) > 2:
+            raise MemoryError("out of memory")
+        return run(work)
+
+    backend.verifier.run = run_if_it_fits
+    assert isinstance(answer(scheduler, [40]), MemoryError)
+    assert len(cache) == 2
+    assert answer(scheduler, [30]) == expected
+
+
+def test_nothing_of_a_failed_call_is_in_memory_when_it_is_repeated(backend):
+    run, computed = backend.verifier.run, []
+
+    def fail_together(work):
+        assert [x for x in computed if x() is not None] == []
+        found = np.zeros(3)
+        computed.append(weakref.ref(found))
+        if len(work) > 1:
+            raise MemoryError("out of memory")
+        return run(work)
+
+    scheduler = Scheduler(backend)
+    requests = [submit(scheduler, prompt, max_tokens=1) for prompt in ([5, 6], [7, 8])]
+    backend.verifier.run = fail_together
+    assert set(finish(scheduler)) == set(requests)
+    assert len(computed) == 3
 
 
 def test_a_text_without_room_ends_if_nothing_can_make_room(backend):
