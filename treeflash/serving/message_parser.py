@@ -107,18 +107,12 @@ class ResponseTemplate:
         if (ends := self.reasoning_ends(begun=begun)) is None:
             return grammar
         opening, close = ends
-        begin, end, special = "", "", tokenizer.special_token_ids
-        for token in tokenizer.encode_continuation(opening)[:1]:
-            if token in special:
-                begin, opening = f"<[{token}]> ", opening.removeprefix(tokenizer.token_text(token))
-        for token in tokenizer.encode_continuation(close)[-1:]:
-            if token in special:
-                end, close = f" <[{token}]>", close.removesuffix(tokenizer.token_text(token))
+        begin, opening = _part_token(tokenizer, opening, 0)
+        end, close = _part_token(tokenizer, close, -1)
         opening, close = (escape_slashes(re.escape(text)) for text in (opening, close))
-        text = f"/{opening}(?s:.*){close}/"
-        lead = f"{begin}thought{end} /{SPACE}/"
+        lead = f"{begin} thought {end} /{SPACE}/"
         # A special token ends any text; other ends are the first ones in the text.
-        rule = f"thought{'' if end else '[lazy]'}: {text}"
+        rule = f"thought{'' if end else '[lazy]'}: /{opening}(?s:.*){close}/"
         return grammar.prepend(lead if begun else f"({lead})?", rule=rule)
 
     def call_grammar(self, tools: AllowedTools, *, free: bool, param: str) -> Grammar:
@@ -182,6 +176,18 @@ def _grammar_of_calls(
         openings = "|".join(map(escape_slashes, calls))
         rules.append(f"REST: /(?s:.*)/ & ~/(?s:.*)({openings})(?s:.*)/")
     return Grammar(({"lark_grammar": "\n".join([start, *rules])}, *entries))
+
+
+def _part_token(tokenizer: Tokenizer, text: str, place: Literal[0, -1]) -> tuple[str, str]:
+    """Return the special token that is first or last in a text, in the Lark format, and the rest.
+
+    The first result is empty without such a token.
+    """
+    tokens = tokenizer.encode_continuation(text)
+    if not tokens or tokens[place] not in tokenizer.special_token_ids:
+        return "", text
+    name = tokenizer.token_text(tokens[place])
+    return f"<[{tokens[place]}]>", text.removesuffix(name) if place else text.removeprefix(name)
 
 
 def _pattern(field: Mapping[str, Any], end: str) -> str | None:
