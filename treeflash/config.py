@@ -93,24 +93,27 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
         raise ConfigError(f"{path} cannot be written: {os.strerror(obstacle)}")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, contents: str | bytes) -> None:
     """Write a file as a whole, or leave what was there and raise an OSError."""
     scratch = path.with_name(f".{path.name}.{time.monotonic_ns()}")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        if isinstance(contents, bytes):
+            scratch.write_bytes(contents)
+        else:
+            scratch.write_text(contents, encoding="utf-8")
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def remember(path: Path, text: str) -> None:
+def remember(path: Path, contents: str | bytes) -> None:
     """Replace a file of the cache as a whole; that its folder cannot be written is not an error.
 
     The next process then finds out again what the file would have told it.
     """
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        write_whole(path, contents)
 
 
 def _parse_logit_bias(text: str) -> dict[int, float]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,7 +21,7 @@ import llvmlite
 import llvmlite.binding as llvm
 import torch
 
-from treeflash.config import cache_folder
+from treeflash.config import cache_folder, remember
 from treeflash_cuda.cpu import ir_builder
 from treeflash_cuda.cpu.ir_builder import FORK, ISAS, Isa
 
@@ -75,11 +74,7 @@ def _object_code(path: Path, machine: Any, build: Callable[[], str]) -> bytes:
         if hashlib.sha256(stored[HASH_NBYTES:]).digest() == stored[:HASH_NBYTES]:
             return stored[HASH_NBYTES:]
     code: bytes = machine.emit_object(optimised(build(), machine))
-    with suppress(OSError):  # the next process then compiles it again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        scratch.write_bytes(hashlib.sha256(code).digest() + code)
-        scratch.replace(path)
+    remember(path, hashlib.sha256(code).digest() + code)
     return code
 
 
