@@ -37,7 +37,7 @@ from treeflash.errors import CheckpointError
 
 GROUP = 32
 """Numbers of a group; a row has a multiple of them."""
-BLOCK = 16
+BLOCK_ROWS = 16
 """Rows of a block."""
 LINE = 4
 """Numbers of a row in a line."""
@@ -128,18 +128,20 @@ class LowBitWeight(NamedTuple):
         They have the names and shapes of `StoredWeight.tensors`; and `order`, if it is not None.
         """
         rows, size = self.numbers.shape
-        missing, groups = -rows % BLOCK, size // GROUP
+        missing, groups = -rows % BLOCK_ROWS, size // GROUP
         numbers = np.pad(self.numbers, ((0, missing), (0, 0)))
-        lines = numbers.reshape(-1, BLOCK, groups, GROUP // LINE, LINE).transpose(0, 2, 3, 1, 4)
+        lines = numbers.reshape(-1, BLOCK_ROWS, groups, GROUP // LINE, LINE).transpose(
+            0, 2, 3, 1, 4
+        )
         if self.bits < 8:
             parts = [lines[:, :, 0::2] & 15 | lines[:, :, 1::2] << np.uint8(4)]
             if self.bits > 4:
                 shared = lines_of_byte(self.bits)
                 places = np.arange(shared, dtype=np.uint8) * np.uint8(8 // shared)
-                upper = (lines >> 4).reshape(len(lines), groups, -1, shared, BLOCK, LINE)
+                upper = (lines >> 4).reshape(len(lines), groups, -1, shared, BLOCK_ROWS, LINE)
                 parts.append(np.bitwise_or.reduce(upper << places[:, None, None], 3))
             lines = np.concatenate(parts, 2)
-        packed = np.ascontiguousarray(lines).reshape(*lines.shape[:3], BLOCK * LINE)
+        packed = np.ascontiguousarray(lines).reshape(*lines.shape[:3], BLOCK_ROWS * LINE)
         others = {"scales": self.scales, "least": self.least, "factors": self.factors}
         found: dict[str, NDArray[Any]] = {"numbers": packed}
         found |= {name: _by_block(x, missing) for name, x in others.items() if x is not None}
@@ -164,16 +166,16 @@ class StoredWeight:
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Data types and shapes of the tensors of a packed weight, by name."""
         (rows, size), kind = self.shape, self.format
-        blocks, groups = -(-rows // BLOCK), size // GROUP
-        numbers = blocks, groups, kind.lines, BLOCK * LINE
+        blocks, groups = -(-rows // BLOCK_ROWS), size // GROUP
+        numbers = blocks, groups, kind.lines, BLOCK_ROWS * LINE
         found = {
             "numbers": ("uint8", numbers),
-            "scales": (kind.scale_dtype, (blocks, groups * kind.scales, BLOCK)),
+            "scales": (kind.scale_dtype, (blocks, groups * kind.scales, BLOCK_ROWS)),
         }
         if kind.has_least:
-            found["least"] = kind.scale_dtype, (blocks, groups, BLOCK)
+            found["least"] = kind.scale_dtype, (blocks, groups, BLOCK_ROWS)
         if kind.factors:
-            found["factors"] = "float16", (blocks, size // SHARING * kind.factors, BLOCK)
+            found["factors"] = "float16", (blocks, size // SHARING * kind.factors, BLOCK_ROWS)
         return found
 
     def document(self) -> dict[str, Any]:
@@ -248,7 +250,7 @@ def round_weight(weight: NDArray[np.float32], bits: int) -> LowBitWeight:
 def _by_block(scales: NDArray[Any], missing: int) -> NDArray[Any]:
     """Return (blocks, scales of a row, 16) from (rows, scales of a row)."""
     filled = np.pad(scales, ((0, missing), (0, 0)))
-    return np.ascontiguousarray(filled.reshape(-1, BLOCK, scales.shape[1]).transpose(0, 2, 1))
+    return np.ascontiguousarray(filled.reshape(-1, BLOCK_ROWS, scales.shape[1]).transpose(0, 2, 1))
 
 
 # Each function below reads the (n, bytes) blocks of types; see `Parts`.

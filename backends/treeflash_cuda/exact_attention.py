@@ -1,9 +1,9 @@
 """Attention whose sums have an order that depends on positions alone; see `exact`.
 
 The attention of a pass is prepared once and used in every layer. A `TokenBlock` has the new tokens
-of a sequence, and `Rows` are consecutive tokens of them with the columns that they see; its `Part`s
-are groups. `Sums` has the views that compute the attention of some `Rows`; a `Run` has `Sums` of
-equally many tokens, one for each sequence; a `Plan` has the runs of a pass.
+of a sequence, and `VisibleRows` are consecutive tokens of them with the columns that they see; its
+`Part`s are groups. `Sums` has the views that compute the attention of some `VisibleRows`; a `Run`
+has `Sums` of equally many tokens, one for each sequence; an `AttentionPlan` has the runs of a pass.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Part:
 
     first: int  # the rows' first token
     end: int  # the token after the rows' last one
-    columns: slice | Tensor  # the keys' columns, counted from the first one of `Rows.columns`
+    columns: slice | Tensor  # the keys' columns, counted from the first of `VisibleRows.columns`
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class VisibleRows:
     """The keys that some consecutive tokens of a pass see in the layers with one mask function."""
 
     first: int  # the first token
@@ -76,14 +76,14 @@ class Rows:
 
 
 class Sums:
-    """The sums of the values that some `Rows` see, in every layer.
+    """The sums of the values that some `VisibleRows` see, in every layer.
 
     The number of operations decides how long a pass takes, so all views are made once for it.
     """
 
     def __init__(
         self,
-        rows: Rows,
+        rows: VisibleRows,
         stored: Sequence[Tensor],  # `KVCache.parts` of the sequence, as `widen` makes them
         queries: Tensor,  # (kv_heads, padded rows, width) float32, scaled, written for each layer
         sums: Tensor,  # (kv_heads, padded rows, columns of values) float32, the result
@@ -144,12 +144,12 @@ class Sums:
                 sums[:, first:end] = torch.baddbmm(old, p, v)[:, : end - first]
 
 
-Members: TypeAlias = Sequence[tuple[Rows, Sequence[Tensor]]]
+Members: TypeAlias = Sequence[tuple[VisibleRows, Sequence[Tensor]]]
 """Rows, each with the `KVCache.parts` of its sequence."""
 
 
 class Run:
-    """Consecutive `Rows` with equal numbers of tokens; one copy reads the queries of them all."""
+    """Consecutive `VisibleRows` with equally many tokens; one copy reads the queries of all."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class Run:
         torch.div(self.numerators, self.denominators, out=self.output)
 
 
-class Plan:
+class AttentionPlan:
     """The attention of a pass in the layers with one mask function, prepared for all of them."""
 
     def __init__(
@@ -218,7 +218,7 @@ class Plan:
         return self.output
 
 
-def visible_rows(block: TokenBlock, sees: Sees | None) -> Iterator[Rows]:
+def visible_rows(block: TokenBlock, sees: Sees | None) -> Iterator[VisibleRows]:
     """Yield the rows of a block in layers with these positions; None for all up to each token's."""
     n, device = len(block), block.positions.device
     if n == 1 and sees is None:
@@ -246,7 +246,7 @@ def visible_rows(block: TokenBlock, sees: Sees | None) -> Iterator[Rows]:
             yield _tree_rows(block, place, visible, columns)
 
 
-def _tree_rows(block: TokenBlock, place: slice, visible: Tensor, columns: Tensor) -> Rows:
+def _tree_rows(block: TokenBlock, place: slice, visible: Tensor, columns: Tensor) -> VisibleRows:
     """Return the rows of a tree, whose (columns,) positions are not in the columns' order."""
     shared = (block.committed - place.start) // SUM_SIZE * SUM_SIZE
     groups = columns[shared:] // SUM_SIZE
@@ -262,17 +262,17 @@ def _tree_rows(block: TokenBlock, place: slice, visible: Tensor, columns: Tensor
     for group in range(first, last + 1):
         places = shared + (groups == group).nonzero()[:, 0]
         parts += _bounded_parts(visible, 0, len(block), places)
-    return Rows(0, len(block), place, visible, parts)
+    return VisibleRows(0, len(block), place, visible, parts)
 
 
 def _consecutive_parts(
     first: int, end: int, columns: slice, visible: Tensor | None, sizes: list[int] | None = None
-) -> Rows:
+) -> VisibleRows:
     """Create rows whose parts follow each other; without `sizes` they are split at groups."""
     count = columns.stop - columns.start
     if sizes is None:
         sizes = [min(SUM_SIZE, count - column) for column in range(0, count, SUM_SIZE)]
-    return Rows(first, end, columns, visible, [], sizes)
+    return VisibleRows(first, end, columns, visible, [], sizes)
 
 
 def _bounded_parts(visible: Tensor, first: int, end: int, places: Tensor) -> Iterator[Part]:
@@ -314,7 +314,9 @@ def check_attention(heads: int, kv_heads: int, width: int) -> None:
     def attend(columns: Tensor, rows: Tensor, block: TokenBlock) -> Tensor:
         k, v = (widen(x[:, :, columns]) for x in (keys, values))
         stored = [torch.stack([k[0], v[0]])[None]]
-        plan = Plan([(x, stored) for x in visible_rows(block, None)], kv_heads, query[:, :, rows])
+        plan = AttentionPlan(
+            [(x, stored) for x in visible_rows(block, None)], kv_heads, query[:, :, rows]
+        )
         return plan.attend(query[:, :, rows], 0, width**-0.5)[0].clone()
 
     everything = torch.arange(committed + nodes)

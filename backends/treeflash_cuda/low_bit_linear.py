@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from treeflash.low_bits import (
-    BLOCK,
+    BLOCK_ROWS,
     GROUP,
     LINE,
     LowBitWeight,
@@ -104,7 +104,7 @@ class LowBitLinear(nn.Module):
         """Return the function of a kernel that maps float32 or bfloat16 rows."""
         product = partial(kernel, operands=self.operands)
         order, rows = self.order, self.shape[0]
-        if order is None and rows % BLOCK == 0:
+        if order is None and rows % BLOCK_ROWS == 0:
             return product
         return lambda x: product(x if order is None else x.index_select(-1, order))[..., :rows]
 
@@ -120,14 +120,14 @@ class LowBitLinear(nn.Module):
     @cached_property
     def _filled_bias(self) -> Tensor | None:
         """The bias of whole blocks, in float32."""
-        missing = -self.shape[0] % BLOCK
+        missing = -self.shape[0] % BLOCK_ROWS
         return None if self.bias is None else F.pad(self.bias.detach().float(), (0, missing))
 
     @torch.no_grad()
     def rows(self, ids: Tensor) -> Tensor:
         """Dequantise the (..., in) rows of the weight with these indices."""
         kind, flat = self.stored.format, ids.flatten()
-        block, row = flat // BLOCK, flat % BLOCK
+        block, row = flat // BLOCK_ROWS, flat % BLOCK_ROWS
         lines = self.numbers.view(torch.int32)  # the numbers of a row in a line are one of them
         numbers = lines[block, :, :, row].view(torch.uint8).unflatten(-1, (-1, LINE))
         if kind.bits < 8:
@@ -160,14 +160,14 @@ class LowBitLinear(nn.Module):
     @torch.no_grad()
     def select(self, ids: Tensor) -> LowBitLinear:
         """Return a layer with the rows of the weight with these (n,) indices."""
-        flat = F.pad(ids, (0, -len(ids) % BLOCK))  # the last block is filled up with any row
-        block, row = flat // BLOCK, flat % BLOCK
+        flat = F.pad(ids, (0, -len(ids) % BLOCK_ROWS))  # the last block is filled up with any row
+        block, row = flat // BLOCK_ROWS, flat % BLOCK_ROWS
         chosen = {}
         for name in self.stored.tensors:
             tensor: Tensor = getattr(self, name)
             # A row's numbers in a line are one of 32 bits.
             units = tensor.view(torch.int32) if name == "numbers" else tensor
-            rows = units[block, ..., row].unflatten(0, (-1, BLOCK)).movedim(1, -1).contiguous()
+            rows = units[block, ..., row].unflatten(0, (-1, BLOCK_ROWS)).movedim(1, -1).contiguous()
             chosen[name] = rows.view(tensor.dtype)
         return self._with_rows(ids, len(ids), chosen)
 
@@ -177,10 +177,10 @@ class LowBitLinear(nn.Module):
         found, first = {}, 0
         for name, count in self.stored.parts.items():
             end = first + count
-            if first % BLOCK:
+            if first % BLOCK_ROWS:
                 found[name] = self.select(torch.arange(first, end))
             else:
-                blocks = slice(first // BLOCK, -(-end // BLOCK))
+                blocks = slice(first // BLOCK_ROWS, -(-end // BLOCK_ROWS))
                 own = {tensor: getattr(self, tensor)[blocks] for tensor in self.stored.tensors}
                 found[name] = self._with_rows(slice(first, end), count, own)
             first = end

@@ -250,7 +250,7 @@ class OwnVocabulary(nn.Module):
         return self._token_ids
 
 
-CHUNK = 4096
+TABLE_ROWS = 4096
 """Rows of a quantised table that are compared at once."""
 
 
@@ -265,12 +265,13 @@ def differs(weight: mx.array, module: Any) -> bool:
         return True
     # Normal weights in groups of 64 have an error of 1.5 / 2**bits, other weights of more than 1.
     most = 3 / 2**module.bits
-    return not all(_is_near(weight, module, first, most) for first in range(0, len(weight), CHUNK))
+    parts = range(0, len(weight), TABLE_ROWS)
+    return not all(_is_near(weight, module, first, most) for first in parts)
 
 
 def _is_near(weight: mx.array, module: Any, first: int, most: float) -> bool:
     """Return whether quantised rows from `first` on have at most this relative error."""
-    rows = slice(first, first + CHUNK)
+    rows = slice(first, first + TABLE_ROWS)
     expected = weight[rows].astype(mx.float32)
     biases = None if module.biases is None else module.biases[rows]
     options = module.group_size, module.bits, module.mode

@@ -220,7 +220,7 @@ def test_attention_that_sums_by_column_fails_the_check(tmp_path, monkeypatch):
     def by_column(block, place, visible, columns):
         middle = len(columns) // 2
         sizes = [middle, len(columns) - middle]
-        return exact_attention.Rows(0, len(block), place, visible, [], sizes)
+        return exact_attention.VisibleRows(0, len(block), place, visible, [], sizes)
 
     stand_in(monkeypatch, exact_attention, _tree_rows=by_column)
     with pytest.raises(UnsupportedModelError, match="attention over a draft tree or a prompt"):

@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from treeflash_cuda.training import loop
 from treeflash_cuda.training.batch import Batch, Drafts
-from treeflash_cuda.training.data import Batches, Plan, SequenceFeatures, choose_anchors
+from treeflash_cuda.training.data import Batches, BatchPlan, SequenceFeatures, choose_anchors
 from treeflash_cuda.training.loop import learning_rate, make_optimizer
 from treeflash_cuda.training.losses import (
     LK_DECAY,
@@ -460,7 +460,7 @@ def batches(texts, process=0, processes=1):
 
 
 def test_every_epoch_takes_each_text_once_in_another_order():
-    plan = Plan(lengths=[5] * 12, batch=3, seed=1)
+    plan = BatchPlan(lengths=[5] * 12, batch=3, seed=1)
     epochs = [np.concatenate([plan[4 * epoch + n] for n in range(4)]) for epoch in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(12))
@@ -468,11 +468,11 @@ def test_every_epoch_takes_each_text_once_in_another_order():
 
 
 def test_a_batch_holds_texts_of_similar_length():
-    plan = Plan(lengths=[n // 2 for n in range(12)], batch=2, seed=1)
+    plan = BatchPlan(lengths=[n // 2 for n in range(12)], batch=2, seed=1)
     for n in range(6):
         first, second = plan[n]
         assert first // 2 == second // 2
-    few = Plan(lengths=[5, 5], batch=4, seed=1)
+    few = BatchPlan(lengths=[5, 5], batch=4, seed=1)
     assert sorted(few[7]) == [0, 0, 1, 1], "fewer texts than a batch are repeated"
 
 

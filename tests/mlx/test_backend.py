@@ -27,7 +27,7 @@ from treeflash_mlx import backend as backend_module
 from treeflash_mlx import device
 from treeflash_mlx import target as target_module
 from treeflash_mlx.backend import load
-from treeflash_mlx.drafter_model import CHUNK, differs
+from treeflash_mlx.drafter_model import TABLE_ROWS, differs
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -48,8 +48,8 @@ def test_a_table_equals_the_table_that_was_quantised_from_it(bits, kind):
 
 def test_a_table_with_padding_equals_the_table_that_was_quantised_from_it():
     """All rows that are compared last are 0, and an error relative to them is no number."""
-    module = nn.Embedding(CHUNK + 64, 64)
-    module.weight = mx.where(mx.arange(CHUNK + 64)[:, None] < CHUNK, module.weight, 0)
+    module = nn.Embedding(TABLE_ROWS + 64, 64)
+    module.weight = mx.where(mx.arange(TABLE_ROWS + 64)[:, None] < TABLE_ROWS, module.weight, 0)
     quantised = module.to_quantized(64, 4)
     assert not differs(module.weight, quantised)
     assert differs(module.weight + 1e-3, quantised)

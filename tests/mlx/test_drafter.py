@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from treeflash.config import DecodeConfig, LoadConfig, SamplingConfig
 from treeflash.decoding.session import SequenceSession
 from treeflash.drafters.folder import read_config
-from treeflash.drafters.mtp_heads import Experts
+from treeflash.drafters.mtp_heads import MtpExperts
 from treeflash.drafters.mtp_layer import Router
 from treeflash.language_model import load as load_model
 from treeflash.testing import require
@@ -128,7 +128,7 @@ def test_quantised_layers_of_a_side_file_stay_as_they_are(tmp_path):
 def test_a_quantised_router_of_a_side_file_is_dequantised():
     """It is no layer of MLX, which could stay quantised."""
     sizes = {"count": 4, "per_token": 2, "width": 8, "shared_width": 8}
-    experts = Experts(**sizes, shared_gate=True, sigmoid=False, normalised=True)
+    experts = MtpExperts(**sizes, shared_gate=True, sigmoid=False, normalised=True)
     module, weight = nn.Module(), mx.random.normal((4, 32))
     module.gate = as_module(Router)(experts, 32)
     packed = dict(zip(("weight", "scales", "biases"), mx.quantize(weight, 32, 8), strict=True))

@@ -240,8 +240,8 @@ def test_common_shapes_have_every_tile_count_and_kind_of_keys():
     assert tiles == {4, 2, 1}
     assert {bits for bits, _ in examination.WEIGHTS} == set(products.TIMED_ROWS)
     assert {group for _, group in examination.WEIGHTS} == set(products.GROUP_SIZES)
-    assert {shape.bits for shape in examination.HEADS} == {0, *attention.BITS}
-    assert all(attention.runs_shape(shape.head_dim) for shape in examination.HEADS)
+    assert {shape.bits for shape in examination.HEAD_SHAPES} == {0, *attention.BITS}
+    assert all(attention.runs_shape(shape.head_dim) for shape in examination.HEAD_SHAPES)
 
 
 def test_a_pass_is_submitted_soon_and_then_in_longer_parts():

@@ -22,7 +22,7 @@ from tool_models import tool_tokenizer
 
 from treeflash.config import LoadConfig
 from treeflash.decoding import SchedulerConfig
-from treeflash.decoding.disk_cache import BLOCK
+from treeflash.decoding.disk_cache import BLOCK_POSITIONS
 from treeflash.testing import require
 
 pytestmark = pytest.mark.sample(1)
@@ -212,7 +212,7 @@ def test_a_session_of_full_size(fast_model, tmp_path):
         replay(client, main, TURNS // 2 - main.turn)
     with client.connected(fast_model, **settings):
         main.go_on()
-        cached, disk = client.send(main, lost=1 if recurrent else BLOCK)
+        cached, disk = client.send(main, lost=1 if recurrent else BLOCK_POSITIONS)
         assert cached == disk > FULL.system
         replay(client, main, TURNS - main.turn)
         assert len(client.prompts[-1]) >= 60_000
@@ -256,7 +256,7 @@ def test_a_session_goes_on_after_a_restart(agent_model, tmp_path):
         with client.connected(agent_model, **settings):
             session.go_on()
             # Blocks are whole; states of recurrent layers are stored where a prompt ended.
-            cached, disk = client.send(session, lost=1 if recurrent else BLOCK)
+            cached, disk = client.send(session, lost=1 if recurrent else BLOCK_POSITIONS)
             assert cached == disk > SHORT_INTERVAL
             metrics = client.server.client.get("/metrics").text
             counted = 'treeflash:external_prefix_cache_hits_total{model="tiny"}'

@@ -22,7 +22,7 @@ from scripted_model import reference_model
 from servers import MAX_POSITIONS, PATIENCE, Gate, check_error, serving_pool, wait_until
 from several_models import BUNDLED, NAMES, Loads, load_alone, make_pool
 
-from treeflash.decoding.disk_cache import BLOCK
+from treeflash.decoding.disk_cache import BLOCK_POSITIONS
 from treeflash.errors import CheckpointError
 from treeflash.language_model import LanguageModel
 from treeflash.serving.application import application
@@ -357,7 +357,7 @@ def test_conversations_go_on_after_the_next_load(serve_models, loads, alone, tmp
             wait_until(lambda stored=stored: len([*states.rglob("*")]) > stored)
         stored = len([*states.rglob("*")])
     assert cached[:2] == [0, 0]
-    assert cached[2] >= BLOCK
+    assert cached[2] >= BLOCK_POSITIONS
 
 
 @streams

@@ -43,7 +43,7 @@ from treeflash.decoding.state_files import (
 )
 from treeflash.errors import ConfigError, first_line, is_of_earlier_work, is_out_of_memory
 
-BLOCK = 256
+BLOCK_POSITIONS = 256
 """Positions of a block: few enough that little of a prompt that leaves a stored one is computed
 again, and enough that a file is large."""
 COPIES = 2
@@ -108,7 +108,7 @@ class DiskCache:
         max_bytes: int,
         identity: bytes,
         *,
-        block: int = BLOCK,
+        block: int = BLOCK_POSITIONS,
         scan_s: float = SCAN_S,
     ) -> None:
         self.folder, self.max_bytes, self.block = folder, max_bytes, block

@@ -25,7 +25,7 @@ from typing import Any
 from treeflash.drafters import backbone
 from treeflash.drafters.backbone import inverse_frequencies, rope_parameters, rotary_axes
 from treeflash.drafters.format import Config, Format, Names
-from treeflash.drafters.mtp_heads import Assistant, Experts, Latent, MtpConfig
+from treeflash.drafters.mtp_heads import Assistant, Latent, MtpConfig, MtpExperts
 from treeflash.drafters.mtp_tensors import required_and_optional
 from treeflash.errors import UnsupportedModelError
 
@@ -137,7 +137,7 @@ def _parse_qwen(
     )
     experts = None
     if f"{prefix}layers.0.mlp.gate.weight" in stored:
-        experts = Experts(
+        experts = MtpExperts(
             count=int(text["num_experts"]),
             per_token=int(text["num_experts_per_tok"]),
             width=int(text["moe_intermediate_size"]),
@@ -232,7 +232,7 @@ def _parse_glm(config: Config, stored: Collection[str], target_layers: int) -> M
         reads_both=False,
         normed_feedback=True,
         qk_norm=bool(config.get("use_qk_norm", False)),
-        experts=Experts(
+        experts=MtpExperts(
             count=count,
             per_token=int(config["num_experts_per_tok"]),
             width=width,

@@ -33,7 +33,7 @@ NO_MARGINALS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experts:
+class MtpExperts:
     """A mixture of experts in an MTP head's layer."""
 
     count: int  # number of experts; `per_token` of them run for a token
@@ -84,7 +84,7 @@ class MtpConfig(DrafterShape):
     normed_feedback: bool  # the state for the next depth is taken after the final norm
     qk_norm: bool = False  # queries and keys are normed by head
     output_bias: bool = False  # `o_proj` has a bias, as q, k and v have with `attention_bias`
-    experts: Experts | None = None  # the experts of the feed-forward network; None for a dense one
+    experts: MtpExperts | None = None  # experts of the feed-forward network; None if it is dense
     latent: Latent | None = None  # None for attention with keys and values of each head
     # norms before `fc`: of each feature, of all features together, or none
     feature_norms: Literal["each", "all"] | None = None

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from treeflash.drafters.heads.operations import Array, Module, Operations
 from treeflash.drafters.layers import Attention, Gemma4Layer, Layer, Rotation
-from treeflash.drafters.mtp_heads import Experts, MtpConfig
+from treeflash.drafters.mtp_heads import MtpConfig, MtpExperts
 
 
 class Router:
@@ -23,7 +23,7 @@ class Router:
 
     ops: Operations
 
-    def __init__(self, config: Experts, hidden_size: int) -> None:
+    def __init__(self, config: MtpExperts, hidden_size: int) -> None:
         super().__init__()
         self.config = config
         self.weight = self.ops.parameter(config.count, hidden_size)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from treeflash.drafters.folder import write_stored
-from treeflash.low_bits import BLOCK, METHOD, LowBitWeight, StoredWeight, join, low_bits
+from treeflash.low_bits import BLOCK_ROWS, METHOD, LowBitWeight, StoredWeight, join, low_bits
 
 Progress = Callable[[int, int], None]
 """Called with two numbers of bytes: the weights written so far, and all weights."""
@@ -184,7 +184,7 @@ def _packed(model: Model, name: str, module: StoredWeight) -> Iterator[bytes]:
 def _slices(model: Model, layers: list[str], shape: tuple[int, int]) -> Iterator[LowBitWeight]:
     """Yield the weight of a module, a few rows after the other, which are whole blocks."""
     rows, size = shape
-    step = max(1, SLICE_NUMBERS // (size * BLOCK)) * BLOCK
+    step = max(1, SLICE_NUMBERS // (size * BLOCK_ROWS)) * BLOCK_ROWS
     for first in range(0, rows, step):
         parts, start = [], 0
         for layer in layers:

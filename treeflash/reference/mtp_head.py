@@ -11,7 +11,7 @@ from treeflash.decoding.backend_base import OneByOneDrafter, OneByOneHead
 from treeflash.decoding.interfaces import StateArrays, TableOptions
 from treeflash.decoding.output_stage import Block
 from treeflash.decoding.transitions import TransitionTable
-from treeflash.drafters.mtp_heads import MAX_PATHS, NO_MARGINALS, Experts, Latent, MtpConfig
+from treeflash.drafters.mtp_heads import MAX_PATHS, NO_MARGINALS, Latent, MtpConfig, MtpExperts
 from treeflash.errors import ConfigError
 from treeflash.reference.drafter import Drafter
 from treeflash.reference.drafter_model import DrafterModel
@@ -188,7 +188,7 @@ class MtpModel(DrafterModel):
             out = out + shared
         return out
 
-    def _expert_weights(self, gate: str, y: Array, experts: Experts) -> Array:
+    def _expert_weights(self, gate: str, y: Array, experts: MtpExperts) -> Array:
         """Return (n, count) weights (DeepSeek-V3, arXiv 2412.19437, equations 13 to 16)."""
         scores = self.linear(gate, y)
         scores = sigmoid(scores) if experts.sigmoid else softmax(scores)

@@ -121,7 +121,7 @@ class StorageTests:
         check_storage(pair(representative).tested, read=0)
 
 
-BLOCK = 4
+PART_POSITIONS = 4
 
 
 def check_storage(backend: Backend, *, read: int) -> None:
@@ -138,7 +138,7 @@ def check_storage(backend: Backend, *, read: int) -> None:
     sequence.extend(tokens[read:])
     state = sequence.state
     assert state.read_length == read
-    ends = [*range(BLOCK, len(tokens), BLOCK), len(tokens)]
+    ends = [*range(PART_POSITIONS, len(tokens), PART_POSITIONS), len(tokens)]
     stored = backend.open(40, drafts=True)
     parts = list(zip([0, *ends[:-1]], ends, strict=True))
     exports = [state.export(*part, end=part[1] == len(tokens)) for part in parts]

@@ -25,7 +25,7 @@ from treeflash_cuda.attention import (
 from treeflash_cuda.cache import KVCache, SeenColumns, WrittenRows, decoded
 from treeflash_cuda.decoder.facts import DecoderFacts
 from treeflash_cuda.decoder.operations import Rotation, rotate
-from treeflash_cuda.exact_attention import Plan, visible_rows
+from treeflash_cuda.exact_attention import AttentionPlan, visible_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +145,7 @@ class ExactAttention(RowStore):
 
     def __init__(self, facts: DecoderFacts, blocks: Sequence[CacheBlock]) -> None:
         super().__init__(facts, blocks, blocks[0].cache.arena.head_dim)
-        self._plans: dict[int | None, Plan] = {}
+        self._plans: dict[int | None, AttentionPlan] = {}
 
     def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
         query = queries.transpose(0, 1)[None]
@@ -156,7 +156,7 @@ class ExactAttention(RowStore):
                 for block in self.blocks
                 for rows in visible_rows(block, function)
             ]
-            self._plans[window] = Plan(members, self.kv_heads, query)
+            self._plans[window] = AttentionPlan(members, self.kv_heads, query)
         return self._plans[window].attend(query, layer, self.facts.score_scale)[0].flatten(1)
 
     def _encoded(self, x: Tensor) -> Tensor:

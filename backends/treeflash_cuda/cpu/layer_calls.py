@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from treeflash.low_bits import BLOCK, GROUP
+from treeflash.low_bits import BLOCK_ROWS, GROUP
 from treeflash_cuda.cpu.ir_builder import record_type
 from treeflash_cuda.cpu.layer_code import FIELDS, UNITS
 from treeflash_cuda.cpu.layer_kernels import LayerKernels, SequencesTable
@@ -284,7 +284,7 @@ def products_of(
         for layer in layers:
             if not isinstance(layer, LowBitLinear) or layer.order is not None:
                 return None
-            if layer.shape[0] % BLOCK:
+            if layer.shape[0] % BLOCK_ROWS:
                 return None
             found.append(Product(layer, source, target, column))
             column += layer.shape[0]

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from treeflash.low_bits import BLOCK, GROUP, LINE, SHARING, LowBitFormat, lines_of_byte
+from treeflash.low_bits import BLOCK_ROWS, GROUP, LINE, SHARING, LowBitFormat, lines_of_byte
 from treeflash_cuda.cpu.ir_builder import (
     FLOAT,
     GENERIC,
@@ -59,7 +59,7 @@ from treeflash_cuda.cpu.ir_builder import (
 
 ENTRY = "low_bit_linear"
 """The name of the function that `build` makes; see `_entry`."""
-ROWS = (8, 6, 4, 3, 2, 1)
+ROW_COUNTS = (8, 6, 4, 3, 2, 1)
 """Numbers of rows that a pass over a block multiplies at once."""
 LEAST_TOP = 2.0**-100
 INFINITY_BITS = 0x7F800000
@@ -111,7 +111,7 @@ def build(isa: Isa, kind: LowBitFormat, threads: bool) -> str:
     module = ir.Module("low_bits")
     quantise = task(module, "quantise", POINTER)
     _quantise(JobBuilder(quantise.append_basic_block()), quantise.args[0], isa, kind)
-    passes = {rows: _pass(module, isa, kind, rows) for rows in ROWS}
+    passes = {rows: _pass(module, isa, kind, rows) for rows in ROW_COUNTS}
     multiply = task(module, "multiply", POINTER)
     _multiply(JobBuilder(multiply.append_basic_block()), multiply.args[0], passes)
     _entry(module, quantise, multiply, threads)
@@ -134,7 +134,7 @@ def _entry(module: ir.Module, quantise: Value, multiply: Value, threads: bool) -
     for name, value in (arguments | {"next": zero, "wide": is_wide}).items():
         b.store(value, b.field(job, name))
     rows, groups, blocks = (arguments[name] for name in ("rows", "groups", "blocks"))
-    size, width = b.times(groups, GROUP), b.times(blocks, BLOCK)
+    size, width = b.times(groups, GROUP), b.times(blocks, BLOCK_ROWS)
     several = b.icmp_signed(">", count, constant(I32, 1))
 
     def run(part: Value, numbers: Value, least: int, alone: Value, shared: Value) -> None:
@@ -269,13 +269,13 @@ def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Func
     """Write the function that multiplies some rows with a block."""
     function = task(module, f"pass_{rows}", POINTER, I64, I64)
     job, row, block = function.args
-    b, parts = JobBuilder(function.append_basic_block()), range(BLOCK // isa.lanes)
+    b, parts = JobBuilder(function.append_basic_block()), range(BLOCK_ROWS // isa.lanes)
     floats = vector(FLOAT, isa.lanes)
     q, d, starts, lows, numbers, scales, least, factors = b.fields(
         job, "q", "d", "starts", "lows", "numbers", "scales", "least", "factors"
     )
     groups, width, bias, y, wide = b.fields(job, "groups", "width", "bias", "y", "wide")
-    group_nbytes = kind.lines * BLOCK * LINE
+    group_nbytes = kind.lines * BLOCK_ROWS * LINE
     # Weights are fetched `ahead` bytes before they are multiplied, every `stride` bytes, into a
     # cache as LLVM numbers them: 3 is the first one. This was fastest on two cores of an AMD EPYC.
     ahead, stride, cache = 4096, 64, 3
@@ -338,7 +338,7 @@ def _pass(module: ir.Module, isa: Isa, kind: LowBitFormat, rows: int) -> ir.Func
     totals = b.repeat(groups, [zero] * (rows * len(parts)), lambda turn, x: group(turn, list(x)))
     for r, own_row in enumerate(own_rows):
         for part in parts:
-            column = b.plus(b.times(block, BLOCK), isa.lanes * part)
+            column = b.plus(b.times(block, BLOCK_ROWS), isa.lanes * part)
             at = b.plus(b.mul(own_row, width), column)
             total = _add_bias(b, bias, column, wide, totals[r * len(parts) + part])
             _write_numbers(b, y, at, wide, total)
@@ -356,7 +356,7 @@ def _products(
     lines: range,  # the lines of numbers to multiply
 ) -> list[Value]:
     """Return the integer products of each row with a group's columns, in parts of a vector."""
-    parts = range(BLOCK // isa.lanes)
+    parts = range(BLOCK_ROWS // isa.lanes)
     totals = [total for total in first for _ in parts]
     for line in lines:
         columns = [_columns(b, isa, kind, weights, line, part) for part in parts]
@@ -378,7 +378,7 @@ def _columns(
     bytes_ = vector(I8, LINE * isa.lanes)
 
     def stored(line: int) -> Value:
-        at = constant(I64, (line * BLOCK + part * isa.lanes) * LINE)
+        at = constant(I64, (line * BLOCK_ROWS + part * isa.lanes) * LINE)
         return b.read(b.at(weights, at), bytes_)
 
     if kind.bits == 8:
@@ -433,8 +433,8 @@ def _read_columns(b: JobBuilder, isa: Isa, dtype: str, base: Value, number: Valu
     The data type is float32, float16 or int8.
     """
     floats, found = vector(FLOAT, isa.lanes), []
-    for part in range(BLOCK // isa.lanes):
-        at = b.plus(b.times(number, BLOCK), part * isa.lanes)
+    for part in range(BLOCK_ROWS // isa.lanes):
+        at = b.plus(b.times(number, BLOCK_ROWS), part * isa.lanes)
         if dtype == "float32":
             found.append(b.read(b.at(base, at, FLOAT), floats, 4))
         elif dtype == "int8":

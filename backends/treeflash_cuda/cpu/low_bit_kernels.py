@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from treeflash.errors import UnsupportedModelError
-from treeflash.low_bits import BLOCK, GROUP, LowBitFormat
+from treeflash.low_bits import BLOCK_ROWS, GROUP, LowBitFormat
 from treeflash_cuda.cpu import low_bit_code
 from treeflash_cuda.cpu.ir_builder import OF_RECORD, Isa, argument_types
 from treeflash_cuda.cpu.low_bit_code import ARGUMENTS, ENTRY, build
@@ -67,14 +67,14 @@ class Kernel:
         flat = x.reshape(-1, size).contiguous()
         rows, groups = flat.shape[0], size // GROUP
         *weight, blocks = operands
-        y = x.new_empty(*x.shape[:-1], blocks * BLOCK)
+        y = x.new_empty(*x.shape[:-1], blocks * BLOCK_ROWS)
         if rows:
             *starts, nbytes = accumulate(SCRATCH.values(), initial=0)
             scratch = torch.empty(rows * groups * nbytes, dtype=torch.uint8)
             self._run(
                 *(flat.data_ptr(), *weight, y.data_ptr()),
                 *(scratch.data_ptr() + rows * groups * start for start in starts),
-                *(rows, blocks * BLOCK, groups, blocks),
+                *(rows, blocks * BLOCK_ROWS, groups, blocks),
                 *(x.dtype == torch.float32, self.threads),
             )
         return y

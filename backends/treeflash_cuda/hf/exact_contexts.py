@@ -13,7 +13,7 @@ from transformers.masking_utils import causal_mask_function
 from treeflash.errors import UnsupportedModelError
 from treeflash_cuda.attention import TokenBlock
 from treeflash_cuda.cache import KVCache, widen
-from treeflash_cuda.exact_attention import Plan, Rows, visible_rows
+from treeflash_cuda.exact_attention import AttentionPlan, VisibleRows, visible_rows
 from treeflash_cuda.hf.attention_contexts import (
     AttentionInputs,
     MaskFunction,
@@ -35,8 +35,8 @@ class ExactContext:
         self.blocks, self.cache, self.repeats = blocks, cache, repeats
         self.positions = concatenate([block.positions for block in blocks]).repeat(repeats)
         # Rows, each with its sequence, by the tensor that stands for the layers' mask function.
-        self._rows: dict[Tensor | None, list[tuple[Rows, KVCache]]] = {}
-        self._plans: dict[tuple[Tensor | None, int], Plan] = {}
+        self._rows: dict[Tensor | None, list[tuple[VisibleRows, KVCache]]] = {}
+        self._plans: dict[tuple[Tensor | None, int], AttentionPlan] = {}
 
     def mask(self, function: MaskFunction, dtype: torch.dtype, window: int | None) -> Tensor:
         """Return a tensor that stands for the layers' mask function."""
@@ -66,7 +66,7 @@ class ExactContext:
         key = inputs.mask, inputs.query.shape[1]
         if key not in self._plans:
             members = [(rows, sequence.parts) for rows, sequence in self._rows[inputs.mask]]
-            self._plans[key] = Plan(members, inputs.key.shape[1], inputs.query)
+            self._plans[key] = AttentionPlan(members, inputs.key.shape[1], inputs.query)
         return self._plans[key].attend(inputs.query, self.cache.layer, inputs.scale)
 
 

@@ -243,7 +243,7 @@ def fingerprint(responses: Sequence[Response], **settings: object) -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """The responses of every forward pass of a run."""
 
     lengths: Sequence[int]  # lengths of the sequences in tokens
@@ -284,7 +284,7 @@ class Batches:
         self.process = process
         self.processes = processes
         lengths = [len(response) for response in store.responses]
-        self.plan = Plan(lengths, config.sequences * processes, config.seed)
+        self.plan = BatchPlan(lengths, config.sequences * processes, config.seed)
 
     def __getitem__(self, forward: int) -> Batch:
         """Return the batch of a forward pass, counted from 0 through all epochs."""

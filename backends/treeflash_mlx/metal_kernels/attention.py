@@ -309,7 +309,7 @@ MERGE = """
     sum += exp(sink - highest);
     out[row * width + d] = static_cast<T>(output / sum);
 """
-ROWS: tuple[str, ...] = ("positions", "starts", "scale", "bounds")
+ROW_INPUTS: tuple[str, ...] = ("positions", "starts", "scale", "bounds")
 INPUTS: tuple[str, ...] = ("q", "k", "v")
 QUANTISED_INPUTS = ("q", *(x + part for x in "kv" for part in ("", "_scales", "_biases")))
 NO_WINDOW = 1 << 30
@@ -469,7 +469,7 @@ def _launch(
     if bits:
         template |= {"BITS": bits, "GROUP": width // group_size}
         name, inputs = f"{name}_quantised", QUANTISED_INPUTS
-    inputs = (*inputs, "paths" if exact else "words", *ROWS)
+    inputs = (*inputs, "paths" if exact else "words", *ROW_INPUTS)
     text = source(quantised=bits > 0, shared=shares > 1, exact=exact)
     bounds = [NO_WINDOW if window is None else window, first]
     if exact:

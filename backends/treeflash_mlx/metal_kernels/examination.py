@@ -14,7 +14,7 @@ LAYERS = ((2560, 2560), (9728, 2560))
 """Outputs and inputs: a few of Qwen3-4B's, with many threadgroups and with few."""
 WEIGHTS = ((4, 64), (8, 64), (16, 64), (4, 32), (4, 128))
 """Bits of a weight and numbers of a group."""
-HEADS = (
+HEAD_SHAPES = (
     *(Shape(32, 8, width, mx.bfloat16) for width in (64, 128, 256)),
     Shape(64, 8, 128, mx.bfloat16),
     *(Shape(32, 8, 128, mx.bfloat16, bits, 64) for bits in (4, 8)),
@@ -33,7 +33,7 @@ def examine() -> None:
             for bits, group in WEIGHTS if sizes is LAYERS[0] else WEIGHTS[:3]:
                 choose_products(_layers(*sizes, bits, group))
                 use_everywhere(_layers(*sizes, bits, group, count=1))
-        for shape in HEADS:
+        for shape in HEAD_SHAPES:
             for few in (True, False):
                 winning_columns(shape, few=few)
             if not shape.bits:

@@ -19,7 +19,7 @@ from treeflash.hub import gguf as converter
 from treeflash.hub import gguf_weights, models
 from treeflash.hub.gguf import convert_gguf
 from treeflash.hub.gguf_weights import _half_rotation_order, bfloat16_bits
-from treeflash.low_bits import BLOCK, GROUP, LowBitWeight, StoredWeight
+from treeflash.low_bits import BLOCK_ROWS, GROUP, LowBitWeight, StoredWeight
 
 
 def as_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -185,7 +185,7 @@ def read_packed(path: Path) -> dict[str, np.ndarray]:
 def unpack(module: str, stored: StoredWeight, tensors: dict[str, np.ndarray]) -> np.ndarray:
     """Return the weight of a module in float32, from the layout that `low_bits` describes."""
     (rows, size), kind = stored.shape, stored.format
-    lines = tensors[f"{module}.numbers"].reshape(-1, size // GROUP, kind.lines, BLOCK, 4)
+    lines = tensors[f"{module}.numbers"].reshape(-1, size // GROUP, kind.lines, BLOCK_ROWS, 4)
     if kind.bits < 8:
         lower, upper = lines[:, :, :4], lines[:, :, 4:]
         lines = np.stack([lower & 15, lower >> 4], 3)
