@@ -15,6 +15,8 @@ from treeflash.serving.settings import Settings
 from treeflash.text.options import OPTIONS
 
 ROOT = Path(__file__).parents[1]
+POWERS = {-(2**63): "-2**63", 2**64 - 1: "2**64 - 1"}
+"""The limits that are better written as powers of two."""
 
 
 def typed_dict(name: str, summary: str, options: Collection[Option]) -> str:
@@ -42,7 +44,7 @@ def in_requests(option: Option) -> str:
         has_limits = option.minimum is not None or option.above is not None
         return option.accepted_values if has_limits else ""
     least, most = option.request_limits
-    return f"between {least} and {most}"
+    return f"between {POWERS.get(least, least)} and {POWERS.get(most, most)}"
 
 
 def table(head: str, rows: Collection[Collection[str]]) -> str:

@@ -174,9 +174,11 @@ class SamplingConfig:
         0,
         "random seed for sampling",
         0,
+        doc="random seed for sampling; -1 in a request chooses a new one",
         maximum=SEEDS - 1,
         rule="between 0 and 2**64 - 1",
         requests=True,
+        request_limits=(-(2**63), SEEDS - 1),
     )
 
     def __post_init__(self) -> None:

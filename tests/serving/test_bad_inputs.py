@@ -69,7 +69,7 @@ WRONG = [
         min_p=[2, -0.1],
         max_tokens=[0, -5, 2.5, "4"],
         max_completion_tokens=[5],
-        seed=[-1, 2**64, "a"],
+        seed=[-(2**63) - 1, 2**64, "a"],
         presence_penalty=["x", 2.5, -2.1],
         logit_bias=[
             *({"a": 1}, {"-1": 1}, [1]),
@@ -231,6 +231,7 @@ WRONG = [
     # OpenAI's newer API: what needs stored responses or other tools, and values out of range
     (responses(previous_response_id="resp_1"), "previous_response_id is not supported"),
     (responses(conversation="conv_1"), "conversation is not supported"),
+    (responses(tool_choice={"type": "file_search"}), "any of the expected tags: 'function', "),
     (responses(include=["message.output_text.logprobs"]), "include.0: "),
     (responses(tools=[{"type": "file_search"}]), "tools.0: "),
     (item(type="item_reference", id="msg_1"), "input.0.type: "),

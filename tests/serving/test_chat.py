@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from dataclasses import replace
@@ -15,6 +16,7 @@ from treeflash.config import METHODS
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
 from treeflash.serving.chat import _delta
 from treeflash.serving.message_parser import MessagePart, PartChange, ToolCall
+from treeflash.serving.streaming import frame, json_line
 from treeflash.testing.costs import SteadyCosts
 
 MESSAGES = [
@@ -75,12 +77,31 @@ def test_the_seed_after_the_largest_is_0(server, model):
     assert second == expected(model, **{**SAMPLED, "seed": 0, "max_tokens": 12}).text
 
 
-def test_without_a_seed_answers_differ(server):
+def test_the_frames_of_a_stream_are_lines_to_every_client(server):
+    """Python's `splitlines`, with which some read streams, knows more line breaks than JSON."""
+    data = {"text": "a\x85b\u2028c\u2029d é"}
+    (line,) = json_line(data).decode().splitlines()
+    begin, end = frame(data).decode().splitlines()
+    assert json.loads(line) == json.loads(begin.removeprefix("data: ")) == data
+    assert not end
+    assert "é" in line
+
+
+@pytest.mark.parametrize("fields", [{}, {"seed": -1}], ids=str)
+def test_without_a_seed_answers_differ(server, fields):
     texts = {
-        server.chat(temperature=2, max_tokens=16).json()["choices"][0]["message"]["content"]
+        server.chat(temperature=2, max_tokens=16, **fields).json()["choices"][0]["message"][
+            "content"
+        ]
         for _ in range(4)
     }
     assert len(texts) == 4
+
+
+def test_other_negative_seeds_are_64_bits_with_a_sign(server, model):
+    body = {"messages": MESSAGES, "max_tokens": 12, **SAMPLED, "seed": -2}
+    found = server.post(PATH, body).json()["choices"][0]["message"]["content"]
+    assert found == expected(model, **{**SAMPLED, "seed": 2**64 - 2, "max_tokens": 12}).text
 
 
 def test_log_probs_have_the_bytes_of_tokens(server):
@@ -170,6 +191,7 @@ def test_messages_in_parts_and_of_developers(server):
     ]
     parts[0]["content"][0]["prompt_cache_breakpoint"] = {"mode": "explicit", "ttl": "30m"}
     parts[1]["type"] = "text"  # as lm-eval sends it
+    parts[1] |= {"annotations": [], "refusal": None, "audio": None}  # fields of OpenAI's messages
     plain = [{"role": "system", "content": "Be "}, {"role": "user", "content": "Hello."}]
     both = [server.post(PATH, {"messages": m, "max_tokens": 8}).json() for m in (parts, plain)]
     assert both[0]["choices"] == both[1]["choices"]

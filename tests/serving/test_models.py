@@ -187,6 +187,24 @@ def test_a_model_is_not_put_away_while_it_answers(serve_models, loads, alone):
     assert loads.counts == {"One": 2, "two": 1}
 
 
+def test_a_model_stays_if_the_client_of_the_next_one_leaves(serve_models, loads):
+    server = serve_models(max_models=1)
+    server.post(CHAT, question("One"))
+    with Gate(server.engine) as gate, ThreadPoolExecutor(1) as clients:
+        running = clients.submit(server.post, CHAT, question("One", stream=True))
+        gate.allow(2)
+        (stay,) = server.pool.in_memory
+        with pytest.raises(httpx.TimeoutException):
+            server.client.post(server.url + CHAT, json=question("two"), timeout=0.2)
+        wait_until(lambda: not server.pool.changing.locked())
+        assert stay.undecided is None, "it takes new requests at once"
+        gate.open()
+        assert running.result().text.endswith("data: [DONE]\n\n")
+    server.post(CHAT, question("One"))
+    assert loads.counts == {"One": 1}
+    assert counted(server, "model_unloads_total").total() == 0
+
+
 def test_a_model_leaves_after_its_time(serve_models, loads, alone):
     server = serve_models(unload_after=0.05)
     for _ in range(2):

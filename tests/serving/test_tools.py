@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
-from bodies import chat, ollama, text
+from bodies import chat, ollama, responses, text
 from servers import serving, submitted
 from tool_models import CHAT_TEMPLATE, FIELDS, RESPONSE_TEMPLATE, tool_model
 
@@ -140,6 +141,53 @@ def test_a_model_without_reasoning_does_not_begin_to_think(tmp_path):
         found, _ = message(running.chat(tool_choice=named, **body))
         assert "reasoning_content" not in found
         check(*found["tool_calls"])
+
+
+def named(*names, mode="auto"):
+    """The choice of some functions, in the form of chat completions."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def flat(*names, mode="auto"):
+    """The choice of some functions, in the form of Responses."""
+    tools = [{"type": "function", "name": name} for name in names]
+    return {"type": "allowed_tools", "mode": mode, "tools": tools}
+
+
+FLAT_TOOLS = [{"type": "function", **one["function"]} for one in TOOLS]
+SUBSETS = pytest.mark.parametrize(
+    ("ask", "choice", "tools"),
+    [
+        (partial(chat, reasoning_effort="none"), named, TOOLS),
+        (partial(responses, reasoning={"effort": "none"}), flat, FLAT_TOOLS),
+    ],
+    ids=["Chat", "Responses"],
+)
+
+
+@SUBSETS
+def test_some_functions_are_allowed(server, ask, choice, tools):
+    """The model sees these alone, and `mode` says whether it must call one of them."""
+    for mode in ("auto", "required"):
+        answer = submitted(server, *ask(tools=tools, tool_choice=choice("stop", mode=mode)))
+        assert "stop" in answer.prompt
+        assert "paint" not in answer.prompt
+        assert answer.accepts("Hello.") == (mode == "auto")
+    both = submitted(server, *ask(tools=tools, tool_choice=choice("stop", "paint")))
+    assert both.prompt == submitted(server, *ask(tools=tools)).prompt
+
+
+@SUBSETS
+def test_functions_that_cannot_be_allowed(server, ask, choice, tools):
+    for fields, says in (
+        ({"tools": tools, "tool_choice": choice("stop", "sing")}, "names the function 'sing'"),
+        ({"tool_choice": choice("stop")}, "the request has none; add tools"),
+        ({"tools": tools, "tool_choice": choice()}, "at least 1 item"),
+    ):
+        response = server.post(*ask(**fields))
+        assert response.status_code == 400
+        assert says in response.json()["error"]["message"]
 
 
 CHOSEN = {

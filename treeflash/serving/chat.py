@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import FastAPI, Response
 from fastapi import Request as HTTPRequest
@@ -16,6 +16,7 @@ from treeflash.serving.models import ModelPool
 from treeflash.serving.schemas import (
     MAX_LOG_PROBS,
     MAX_TOOLS,
+    AllowedTools,
     CallMode,
     DecodingSchema,
     Items,
@@ -25,6 +26,7 @@ from treeflash.serving.schemas import (
     NamedToolChoice,
     PromptCaching,
     ReasoningEffort,
+    SubsetToolChoice,
     Tool,
     Verbosity,
     allowed_tools,
@@ -37,6 +39,8 @@ from treeflash.text.options import Options
 from treeflash.text.stream import Assembler, Chunk
 from treeflash.text.tokenizer import Tokenizer
 
+ToolChoice = Annotated[NamedToolChoice | SubsetToolChoice, Field(discriminator="type")]
+
 
 class ChatRequest(DecodingSchema, PromptCaching):
     messages: Items[Message] = Field(min_length=1)
@@ -46,7 +50,7 @@ class ChatRequest(DecodingSchema, PromptCaching):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: ReasoningEffort | None = None
     tools: Items[Tool] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: CallMode | NamedToolChoice | None = None
+    tool_choice: CallMode | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
@@ -65,18 +69,26 @@ class ChatRequest(DecodingSchema, PromptCaching):
 
     def conversation(self) -> Conversation:
         """Build the conversation; an APIError if a message or a tool is invalid."""
-        choice, effort = self.tool_choice, self.reasoning_effort
+        effort = self.reasoning_effort
         return Conversation(
             messages=[message.template() for message in self.messages],
             template_args=self.chat_template_kwargs or {},
             reasoning=None if effort is None else (thinks(effort), "reasoning_effort"),
-            tools=allowed_tools(
-                [tool.function for tool in self.tools or ()],
-                choice.function if isinstance(choice, NamedToolChoice) else choice,
-                parallel=self.parallel_tool_calls,
-            ),
+            tools=self._allowed_tools(),
             continues=self._continues(),
             grammar=self.grammar(),
+        )
+
+    def _allowed_tools(self) -> AllowedTools:
+        choice, among = self.tool_choice, None
+        if isinstance(choice, SubsetToolChoice):
+            among = [tool.function.name for tool in choice.allowed_tools.tools]
+            choice = choice.allowed_tools.mode
+        return allowed_tools(
+            [tool.function for tool in self.tools or ()],
+            choice.function if isinstance(choice, NamedToolChoice) else choice,
+            among=among,
+            parallel=self.parallel_tool_calls,
         )
 
     def _continues(self) -> bool:

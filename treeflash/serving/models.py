@@ -339,10 +339,14 @@ class ModelPool:
             self._limit(stay)
 
     async def _load_into_room(self, stay: Stay) -> None:
-        """Load a model, and put others away as far as it needs their memory."""
+        """Load a model, and put others away as far as it needs their memory.
+
+        Nothing is loaded or put away once all have left who wait for the model.
+        """
         limit = self.settings.max_models
         while limit is not None and len(self.in_memory) >= limit:
-            await self._make_room()
+            if not await self._make_room(stay):
+                return
         logger.info("loading %s", stay.model.name)
         started = time.perf_counter()
         while True:
@@ -358,7 +362,8 @@ class ModelPool:
             logger.info("%s needs more memory than is free", stay.model.name)
             del engine  # outside of `except`, where the error keeps what was loaded in memory
             self._loading = None
-            await self._make_room()
+            if not await self._make_room(stay):
+                return
         seconds = time.perf_counter() - started
         self._settle(stay, engine, seconds)
         logger.info("%s loaded in %.1f s", stay.model.name, seconds)
@@ -403,18 +408,23 @@ class ModelPool:
         idle = [stay for stay in self.in_memory if not stay.uses and stay is not but]
         return min(idle, key=lambda stay: stay.last_used, default=None)
 
-    async def _make_room(self) -> None:
+    async def _make_room(self, needing: Stay) -> bool:
         """Put away the first model that nobody uses, and if all are used, wait for one.
 
         While it waits, the least recently used one takes no new requests, so that one will be idle.
+        Returns False if all leave meanwhile who wait for the model that needs the room.
         """
         oldest = min(self.in_memory, key=lambda stay: stay.last_used)
         oldest.undecided = asyncio.Event()
         try:
-            while (idle := self._idle()) is None:
+            while needing.uses and (idle := self._idle()) is None:
                 self._freed.clear()
                 await self._freed.wait()
+            if not needing.uses:
+                return False
+            assert idle is not None
             await self._put_away(idle, "memory")
+            return True
         finally:
             oldest.undecided.set()
             oldest.undecided = None

@@ -119,7 +119,7 @@ class OllamaOptions(OllamaSchema):
         """Return the options under the names that they have here."""
         options = given_options(self)
         if self.seed is not None and self.seed < 0:
-            del options["seed"]
+            options.pop("seed", None)
         if self.repeat_penalty is not None:
             options["repetition_penalty"] = self.repeat_penalty
         if self.repeat_last_n == 0:  # Ollama then penalises no token

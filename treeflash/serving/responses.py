@@ -152,6 +152,14 @@ class ResponseToolChoice(NamedFunction, FunctionTyped):
     """The function that the model must call."""
 
 
+class ResponseToolSubset(Schema):
+    """The functions of `tools` that the model may call."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Items[ResponseToolChoice] = Field(min_length=1)
+
+
 class ResponseSchemaFormat(NamedSchema):
     type: Literal["json_schema"]
 
@@ -187,7 +195,11 @@ class ResponsesRequest(PromptCaching):
     temperature: Temperature | None = None
     top_p: TopP | None = None
     tools: Items[ResponseTool] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: CallMode | ResponseToolChoice | None = None
+    tool_choice: (
+        CallMode
+        | Annotated[ResponseToolChoice | ResponseToolSubset, Field(discriminator="type")]
+        | None
+    ) = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
     reasoning: Reasoning | None = None
@@ -211,9 +223,14 @@ class ResponsesRequest(PromptCaching):
 
     def conversation(self) -> Conversation:
         """Build the conversation; an APIError if fields do not fit each other."""
-        parallel = self.parallel_tool_calls
+        choice, among = self.tool_choice, None
+        if isinstance(choice, ResponseToolSubset):
+            among = [tool.name for tool in choice.tools]
+            choice = choice.mode
         effort = None if self.reasoning is None else self.reasoning.effort
-        tools = allowed_tools(self._functions(), self.tool_choice, parallel=parallel)
+        tools = allowed_tools(
+            self._functions(), choice, among=among, parallel=self.parallel_tool_calls
+        )
         response_format: Any = None if self.text is None else self.text.format
         if isinstance(response_format, ResponseSchemaFormat):
             response_format = JSONSchemaFormat(type="json_schema", json_schema=response_format)

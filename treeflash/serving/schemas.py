@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from treeflash.config import SEEDS
 from treeflash.option import Option
 from treeflash.serving.errors import bad_request
 from treeflash.text.grammar import Grammar
@@ -35,6 +36,8 @@ MAX_LOG_PROBS = 20
 MAX_TOOLS = 256
 MAX_ITEMS = 16_384
 """Most objects in a list: a body is checked in the event loop, while all streams wait."""
+NEW_SEED = -1
+"""The seed that vLLM and llama.cpp replace by a random one."""
 MAX_FAULTS = 100
 """Most invalid entries of an object that are described: it has room for a million."""
 
@@ -144,7 +147,11 @@ else:
 
 
 def given_options(request: Schema) -> Options:
-    return cast(Options, request.model_dump(include=REQUEST_OPTIONS, exclude_none=True))
+    """Return the decoding options that a request sets; the seed -1 chooses a new one."""
+    options = cast(Options, request.model_dump(include=REQUEST_OPTIONS, exclude_none=True))
+    if (seed := options.pop("seed", None)) is not None and seed != NEW_SEED:
+        options["seed"] = seed % SEEDS
+    return options
 
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
@@ -177,6 +184,18 @@ class NamedToolChoice(FunctionTyped):
     function: NamedFunction
 
 
+class FunctionSubset(Schema):
+    """The functions of `tools` that the model may call."""
+
+    mode: Literal["auto", "required"]
+    tools: Items[NamedToolChoice] = Field(min_length=1)
+
+
+class SubsetToolChoice(Schema):
+    type: Literal["allowed_tools"]
+    allowed_tools: FunctionSubset
+
+
 CallMode = Literal["none", "auto", "required"]
 
 
@@ -198,37 +217,40 @@ def allowed_tools(
     functions: Sequence[Function],
     choice: CallMode | NamedFunction | None,
     *,
+    among: Sequence[str] | None = None,
     parallel: bool | None = None,
 ) -> AllowedTools:
     """Return the calls that a request allows; a named function is called once.
+
+    With `among`, the model sees the functions of these names alone.
 
     Raises an APIError if two tools have the same name, or the choice does not fit the tools.
     """
     if choice == "none":
         return AllowedTools()
     names = [function.name for function in functions]
-    allowed = [
-        {"type": "function", "function": x.model_dump(exclude={"type"}, exclude_none=True)}
-        for x in functions
-    ]
     if repeated := next((name for name, count in Counter(names).items() if count > 1), None):
         raise bad_request(f"two tools have the same name {repeated!r}; rename one", "tools")
-    several = parallel is not False
-    if choice is None or choice == "auto":
-        return AllowedTools(allowed, parallel=several)
-    if not allowed:
-        advice = "add tools or remove tool_choice"
-        message = f"tool_choice requires a call but the request has no tools; {advice}"
-        raise bad_request(message, "tool_choice")
+    must_call, several = choice not in (None, "auto"), parallel is not False
     if isinstance(choice, NamedFunction):
-        if (name := choice.name) not in names:
+        among, several = [choice.name], False
+    if not names and (must_call or among):
+        advice = "add tools or remove tool_choice"
+        message = f"tool_choice needs tools and the request has none; {advice}"
+        raise bad_request(message, "tool_choice")
+    for name in among or ():
+        if name not in names:
             raise bad_request(
                 f"tool_choice names the function {name!r}, which is not in tools; the functions "
                 f"are {', '.join(names)}",
                 "tool_choice",
             )
-        allowed, several = [allowed[names.index(name)]], False
-    return AllowedTools(allowed, must_call=True, parallel=several)
+    allowed = [
+        {"type": "function", "function": x.model_dump(exclude={"type"}, exclude_none=True)}
+        for x in functions
+        if among is None or x.name in among
+    ]
+    return AllowedTools(allowed, must_call=must_call, parallel=several)
 
 
 class TextContent(Schema):
@@ -327,6 +349,7 @@ class Message(Schema):
     tool_call_id: str | None = None
     name: str | None = None  # the name of a participant, for chat templates that show it
     type: Literal["text"] | None = None  # sent by lm-eval
+    annotations: list[Any] | None = None  # sent back by clients of other servers
 
     def template(self) -> dict[str, Any]:
         """Convert it for chat templates; an APIError if it does not fit its role."""

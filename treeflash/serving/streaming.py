@@ -33,15 +33,24 @@ EVENTS, LINES = "text/event-stream", "application/x-ndjson"
 """The media types of streams."""
 
 
+ESCAPED_BREAKS = {ord(x): f"\\u{ord(x):04x}" for x in "\x85\u2028\u2029"}
+"""Escape sequences of line breaks that JSON does not escape, but at which some clients split."""
+
+
 def frame(data: Mapping[str, Any], event: str | None = None) -> bytes:
     """Return the bytes of one server-sent event."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return format_sse_event(data_str=text, event=event)
+    return format_sse_event(data_str=one_line(data), event=event)
 
 
 def json_line(data: Mapping[str, Any]) -> bytes:
     """Return the bytes of one line of a stream of JSON objects."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return one_line(data).encode() + b"\n"
+
+
+def one_line(data: Mapping[str, Any]) -> str:
+    """Return an object as JSON that is one line, whatever a client takes for a line break."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return text if text.isascii() else text.translate(ESCAPED_BREAKS)
 
 
 class Formatter(Protocol):
