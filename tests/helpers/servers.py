@@ -102,7 +102,8 @@ def error_of(path: str, body: dict[str, Any]) -> dict[str, Any]:
         return {"message": error}
     anthropic = path.startswith("/v1/messages")
     assert body == ({"type": "error"} if anthropic else {}) | {"error": error}
-    assert set(error) == {"message", "type"} | (set() if anthropic else {"param", "code"})
+    optional, others = ({"details"}, set()) if anthropic else (set(), {"param", "code"})
+    assert error.keys() - optional == {"message", "type"} | others
     return error
 
 

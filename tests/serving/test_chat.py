@@ -89,12 +89,8 @@ def test_the_frames_of_a_stream_are_lines_to_every_client(server):
 
 @pytest.mark.parametrize("fields", [{}, {"seed": -1}], ids=str)
 def test_without_a_seed_answers_differ(server, fields):
-    texts = {
-        server.chat(temperature=2, max_tokens=16, **fields).json()["choices"][0]["message"][
-            "content"
-        ]
-        for _ in range(4)
-    }
+    answers = [server.chat(temperature=2, max_tokens=16, **fields).json() for _ in range(4)]
+    texts = {answer["choices"][0]["message"]["content"] for answer in answers}
     assert len(texts) == 4
 
 
