@@ -34,10 +34,9 @@ from treeflash.serving.schemas import (
     thinks,
 )
 from treeflash.serving.service import Conversation, Service
-from treeflash.serving.streaming import ChoicesFormatter, respond, token_name
+from treeflash.serving.streaming import ChoicesFormatter, log_prob_entries, respond
 from treeflash.text.options import Options
-from treeflash.text.stream import Assembler, Chunk
-from treeflash.text.tokenizer import Tokenizer
+from treeflash.text.stream import Assembler
 
 ToolChoice = Annotated[NamedToolChoice | SubsetToolChoice, Field(discriminator="type")]
 
@@ -192,21 +191,6 @@ class ChatFormatter(ChoicesFormatter):
         # The beginning of a call says nothing yet.
         if choice.keys() & {"logprobs", "draft_tree"} or choice["delta"] or choice["finish_reason"]:
             yield choice
-
-
-def log_prob_entries(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> list[dict[str, Any]]:
-    """List the log probability of each token of the chunks, with the most probable ones."""
-    return [
-        _log_prob(tokenizer, token.token_id, token.log_prob)
-        | {"top_logprobs": [_log_prob(tokenizer, *pair) for pair in token.top]}
-        for chunk in chunks
-        for token in chunk.log_probs
-    ]
-
-
-def _log_prob(tokenizer: Tokenizer, token_id: int, log_prob: float) -> dict[str, Any]:
-    part = list(tokenizer.token_bytes(token_id))
-    return {"token": token_name(tokenizer, token_id), "logprob": log_prob, "bytes": part}
 
 
 def _finish_reason(reason: str | None, parser: MessageParser) -> str | None:

@@ -30,6 +30,7 @@ from treeflash.serving.model_facts import ModelFacts
 from treeflash.serving.models import ModelPool, ServedModel
 from treeflash.serving.schemas import (
     ANY_OBJECT,
+    MAX_LOG_PROBS,
     MAX_TOOLS,
     FunctionName,
     Items,
@@ -47,10 +48,11 @@ from treeflash.serving.schemas import (
     limits,
 )
 from treeflash.serving.service import Conversation, Service
-from treeflash.serving.streaming import json_line, respond
+from treeflash.serving.streaming import json_line, log_prob_entries, respond
 from treeflash.text.grammar import Grammar
 from treeflash.text.options import Options
 from treeflash.text.prompt import Content, content_of, text_part
+from treeflash.text.stream import Chunk
 
 STAYS = timedelta(days=365 * 100)
 """The time for which a model is loaded; Ollama says so of models that it does not unload."""
@@ -139,9 +141,14 @@ class OllamaRequest(OllamaSchema):
     options: OllamaOptions | None = None
     think: bool | Literal["low", "medium", "high", "max"] | None = None
     keep_alive: FiniteFloat | str | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOG_PROBS)  # without `logprobs`: ignored
 
     def asked(self) -> Options:
-        return Options() if self.options is None else self.options.decoding()
+        options = Options() if self.options is None else self.options.decoding()
+        if self.logprobs:
+            options["log_probs"] = self.top_logprobs or 0
+        return options
 
     def grammar(self) -> tuple[Grammar, str] | None:
         """Return the grammar of the answer and its field; None for free text."""
@@ -342,7 +349,7 @@ def add_routes(app: FastAPI, pool: ModelPool) -> None:
             load_seconds = time.perf_counter() - started
             conversation = request.conversation()
             completion, (parser,) = await conversation.start(service, http, request.asked())
-            answer = OllamaFormatter(request.model, completion, parser, load_seconds, is_chat=True)
+            answer = OllamaFormatter(service, request, completion, parser, load_seconds)
             return await respond(service, http, completion, answer, request.stream is not False)
 
     @app.post("/api/generate")
@@ -353,7 +360,7 @@ def add_routes(app: FastAPI, pool: ModelPool) -> None:
         async with use(request, http) as service:
             load_seconds = time.perf_counter() - started
             completion, parser = await request.start(service, http)
-            answer = OllamaFormatter(request.model, completion, parser, load_seconds, is_chat=False)
+            answer = OllamaFormatter(service, request, completion, parser, load_seconds)
             return await respond(service, http, completion, answer, request.stream is not False)
 
     @app.get("/api/tags")
@@ -455,35 +462,43 @@ class OllamaFormatter:
 
     def __init__(
         self,
-        model: str,
+        service: Service,
+        request: OllamaRequest,
         completion: Completion,
         parser: MessageParser,
         load_seconds: float,
-        *,
-        is_chat: bool,
     ) -> None:
-        self._model, self._completion, self._parser = model, completion, parser
-        self._load_seconds, self._is_chat = load_seconds, is_chat
+        self._tokenizer, self._completion, self._parser = service.tokenizer, completion, parser
+        self._model, self._log_probs = request.model, request.logprobs
+        self._is_chat = isinstance(request, ChatRequest)
+        self._load_seconds = load_seconds
 
     def body(self) -> dict[str, Any]:
-        parser = self._parser
-        parser.read(self._completion.answers[0].chunks)
+        parser, chunks = self._parser, self._completion.answers[0].chunks
+        parser.read(chunks)
         calls = list(map(_call, parser.calls))
-        return self._part(parser.content, parser.reasoning, calls, done=True) | self._end()
+        part = self._part(parser.content, parser.reasoning, calls, chunks, done=True)
+        return part | self._end()
 
     async def frames(self) -> AsyncIterator[bytes]:
         async for update in self._completion:
             changes = list(self._parser.feed(update.chunk))
             text, reasoning = text_of(changes, "content"), text_of(changes, "reasoning")
             calls = list(map(_call, calls_of(changes)))
-            if text or reasoning or calls:
-                yield json_line(self._part(text, reasoning, calls, done=False))
-        yield json_line(self._part("", "", [], done=True) | self._end())
+            if text or reasoning or calls or self._log_probs:
+                yield json_line(self._part(text, reasoning, calls, [update.chunk], done=False))
+        yield json_line(self._part("", "", [], [], done=True) | self._end())
 
     def _part(
-        self, text: str, reasoning: str, calls: Sequence[dict[str, Any]], *, done: bool
+        self,
+        text: str,
+        reasoning: str,
+        calls: Sequence[dict[str, Any]],
+        chunks: Sequence[Chunk],
+        *,
+        done: bool,
     ) -> dict[str, Any]:
-        """Return the object for a part of the answer."""
+        """Return the object for a part of the answer, whose tokens are in `chunks`."""
         if self._is_chat:
             message: dict[str, Any] = {"role": "assistant", "content": text}
             message |= {"thinking": reasoning} if reasoning else {}
@@ -491,6 +506,8 @@ class OllamaFormatter:
             part: dict[str, Any] = {"message": message}
         else:
             part = {"response": text} | ({"thinking": reasoning} if reasoning else {})
+        if self._log_probs and chunks:
+            part["logprobs"] = log_prob_entries(self._tokenizer, chunks)
         return {"model": self._model, "created_at": _time(), **part, "done": done}
 
     def _end(self) -> dict[str, Any]:

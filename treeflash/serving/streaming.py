@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -22,7 +22,7 @@ from treeflash.serving.engine import AnswerUpdate, Completion, Usage
 from treeflash.serving.errors import OLLAMA, APIError, api_error
 from treeflash.serving.schemas import DecodingSchema, StreamOptions
 from treeflash.serving.service import Service
-from treeflash.text.stream import Assembler
+from treeflash.text.stream import Assembler, Chunk
 from treeflash.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("treeflash.serving")
@@ -322,6 +322,21 @@ def token_name(tokenizer: Tokenizer, token_id: int) -> str:
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in part)
     return tokenizer.token_text(token_id)
+
+
+def log_prob_entries(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> list[dict[str, Any]]:
+    """List the log probability of each token of the chunks, with the most probable ones."""
+    return [
+        _log_prob(tokenizer, token.token_id, token.log_prob)
+        | {"top_logprobs": [_log_prob(tokenizer, *pair) for pair in token.top]}
+        for chunk in chunks
+        for token in chunk.log_probs
+    ]
+
+
+def _log_prob(tokenizer: Tokenizer, token_id: int, log_prob: float) -> dict[str, Any]:
+    part = list(tokenizer.token_bytes(token_id))
+    return {"token": token_name(tokenizer, token_id), "logprob": log_prob, "bytes": part}
 
 
 def cached_details(counts: Usage) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import ollama
 
-from protocols.protocol import Answer, Ask, Call, Protocol, given
+from protocols.protocol import Answer, Ask, Call, LogProb, Protocol, given
 
 
 class Ollama(Protocol):
@@ -20,7 +20,9 @@ class Ollama(Protocol):
 
     def options(self, ask: Ask) -> dict[str, Any]:
         options = given(num_predict=ask.max_tokens) | ({"stop": ask.stop} if ask.stop else {})
-        return given(format=ask.schema, think=ask.thinks) | {"options": options}
+        fields = given(format=ask.schema, think=ask.thinks, top_logprobs=ask.log_probs)
+        logs = {} if ask.log_probs is None else {"logprobs": True}
+        return fields | logs | {"options": options}
 
     def ask(self, url: str, ask: Ask, *, stream: bool = False) -> Answer:
         with ollama.Client(host=url) as client:
@@ -35,6 +37,10 @@ class Ollama(Protocol):
             answer.add(self.text(message), message.thinking)
             for call in getattr(message, "tool_calls", None) or ():
                 answer.calls.append(Call("", call.function.name, call.function.arguments))
+            answer.log_probs += [
+                LogProb(x.token, x.logprob, {y.token: y.logprob for y in x.top_logprobs})
+                for x in part.logprobs or ()
+            ]
             assert part.done == (part.done_reason is not None)
             answer.reason = part.done_reason
         answer.prompt_tokens, answer.new_tokens = part.prompt_eval_count, part.eval_count
@@ -52,8 +58,10 @@ class Ollama(Protocol):
 class OllamaChat(Ollama):
     path = "/api/chat"
     method = "chat"
-    can = frozenset({"messages", "stop", "calls", "schema", "thinking", "images", "continuation",
-                     "free length"})  # fmt: skip
+    can = frozenset({
+        "messages", "stop", "calls", "schema", "thinking", "images", "log probabilities",
+        "continuation", "free length",
+    })  # fmt: skip
 
     def body(self, ask: Ask) -> dict[str, Any]:
         user = {"role": "user", "content": ask.text}
@@ -76,7 +84,9 @@ class OllamaChat(Ollama):
 class OllamaPrompt(Ollama):
     path = "/api/generate"
     method = "generate"
-    can = frozenset({"messages", "stop", "schema", "thinking", "images", "free length"})
+    can = frozenset({
+        "messages", "stop", "schema", "thinking", "images", "log probabilities", "free length",
+    })  # fmt: skip
 
     def body(self, ask: Ask) -> dict[str, Any]:
         images = {"images": list(ask.images)} if ask.images else {}
