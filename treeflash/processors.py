@@ -7,8 +7,11 @@ import os
 import platform
 from pathlib import Path
 
-QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""Microseconds of processor time that a container may take in a period, and the period's."""
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+"""The limits of a container."""
+QUOTA_FILES = ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
+"""Files that have the microseconds of processor time that a container may take in a period, and the
+period's, in the second version of control groups and in the first."""
 
 CPUINFO = Path("/proc/cpuinfo")
 """What Linux knows of each processor, with an empty line between two."""
@@ -23,13 +26,17 @@ def usable_processors() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def quota(processors: int, file: Path = QUOTA) -> int:
+def quota(processors: int, folder: Path = CONTROL_GROUPS) -> int:
     """Return the whole processors that a container's limit leaves of some; all without a limit."""
-    try:
-        allowed, period = file.read_text(encoding="ascii").split()
-        return max(min(processors, math.ceil(int(allowed) / int(period))), 1)
-    except (OSError, ValueError):  # no control group, or no limit
-        return processors
+    for names in QUOTA_FILES:
+        try:
+            texts = [(folder / name).read_text(encoding="ascii") for name in names]
+            allowed, period = map(int, " ".join(texts).split())
+        except (OSError, ValueError):  # the other version, or no limit
+            continue
+        if allowed > 0:  # the first version writes -1 for no limit
+            return max(min(processors, math.ceil(allowed / period)), 1)
+    return processors
 
 
 def most_threads() -> int:

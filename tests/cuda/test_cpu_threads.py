@@ -11,7 +11,7 @@ from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.threads import ProcessorTimes, ThreadPolicy
 from treeflash.decoding.tree import DraftTree
-from treeflash.processors import quota, usable_processors
+from treeflash.processors import QUOTA_FILES, quota, usable_processors
 from treeflash.testing import require
 from treeflash.testing.comparisons import generate
 from treeflash.testing.models import write_pair
@@ -171,12 +171,16 @@ def test_more_threads_than_processors_are_refused_before_anything_is_loaded(caps
     assert LoadConfig(threads=3).threads == 3
 
 
-def test_the_limit_of_a_container_counts(tmp_path):
-    file = tmp_path / "cpu.max"
-    assert quota(8, file) == 8
-    for text, expected in [("max 100000", 8), ("150000 100000", 2), ("1000 100000", 1)]:
-        file.write_text(text + "\n", encoding="ascii")
-        assert quota(8, file) == expected
+@pytest.mark.parametrize("names", QUOTA_FILES, ids=["version 2", "version 1"])
+def test_the_limit_of_a_container_counts(tmp_path, names):
+    assert quota(8, tmp_path) == 8
+    (tmp_path / "cpu").mkdir()
+    no_limit = "max" if len(names) == 1 else "-1"
+    for allowed, expected in [(no_limit, 8), ("150000", 2), ("1000", 1), ("900000", 8)]:
+        lines = [f"{allowed} 100000"] if len(names) == 1 else [allowed, "100000"]
+        for name, line in zip(names, lines, strict=True):
+            (tmp_path / name).write_text(line + "\n", encoding="ascii")
+        assert quota(8, tmp_path) == expected
 
 
 def test_a_busy_program_is_seen():
