@@ -113,9 +113,9 @@ def encode_chat(
         ConfigError: images cannot be read here.
     """
     messages = _place_images(messages)
-    shown = [_for_template(message) for message in messages]
     sources = [image for message in messages for image in images_of(message)]
     if not sources:
+        shown = _for_template(messages, tokenizer, None)
         text = tokenizer.render(shown, template_args, continues=continues)
         return EncodedPrompt(tokenizer.encode_continuation(text), text=text)
     if isinstance(processor, str):
@@ -124,9 +124,9 @@ def encode_chat(
         raise PromptError(f"the prompt has {len(sources)} images, and the limit is {max_images}")
     if any(images_of(message) for message in messages if message["role"] != "user"):
         raise PromptError("only messages of the user and of tools can have images")
-    text = tokenizer.render(
-        shown, template_args, continues=continues, chat_template=processor.chat_template
-    )
+    template = processor.chat_template
+    shown = _for_template(messages, tokenizer, template)
+    text = tokenizer.render(shown, template_args, continues=continues, chat_template=template)
     return EncodedPrompt(*processor.encode(text, read_images(sources)), text)
 
 
@@ -198,10 +198,41 @@ def _place_images(messages: Sequence[Message]) -> list[Message]:
     return placed
 
 
-def _for_template(message: Message) -> Message:
-    """Return a message as chat templates read it, which show a placeholder for an image."""
-    parts = [{"type": "image"} if _is_image(part) else part for part in _parts(message)]
-    return {**message, "content": content_of(parts)}
+def _place_system(messages: Sequence[Message]) -> list[Message]:
+    """Move system messages to where every chat template shows them.
+
+    The ones at the beginning become one message. A later one becomes the user's, and one with the
+    user's messages beside it, because turns may have to alternate. It stays in its place: in the
+    first message it would change the beginning of the prompt, which may be cached.
+    """
+    placed: list[Message] = []
+    joins = False  # whether the last message takes in the next one if both have one role
+    for message in messages:
+        is_system = message["role"] == "system"
+        if is_system and placed and placed[-1]["role"] != "system":
+            message = {**message, "role": "user"}
+        if placed and placed[-1]["role"] == message["role"] and (joins or is_system):
+            parts = [*_parts(placed[-1]), text_part("\n\n"), *_parts(message)]
+            placed[-1] = {**placed[-1], "content": content_of(parts)}
+            joins = True
+        else:
+            placed.append(message)
+            joins = is_system
+    return placed
+
+
+def _for_template(
+    messages: Sequence[Message], tokenizer: Tokenizer, chat_template: str | None
+) -> list[Message]:
+    """Return messages as a chat template reads them, which shows a placeholder for an image."""
+    later = any(message["role"] == "system" for message in messages[1:])
+    if later and not tokenizer.shows_system_anywhere(chat_template):
+        messages = _place_system(messages)
+    shown = []
+    for message in messages:
+        parts = [{"type": "image"} if _is_image(part) else part for part in _parts(message)]
+        shown.append({**message, "content": content_of(parts)})
+    return shown
 
 
 def check_messages(messages: Sequence[Any]) -> None:

@@ -52,6 +52,7 @@ class Tokenizer:
         names = (f"<0x{byte:02X}>" for byte in range(256))
         self.byte_token_ids = frozenset(vocabulary[name] for name in names if name in vocabulary)
         self._needs_parts: dict[str | None, bool] = {}  # answers by chat template
+        self._shows_system: dict[str | None, bool] = {}  # answers by chat template
 
     @classmethod
     def from_folder(cls, path: str | Path, *, thinking: bool = False) -> Tokenizer:
@@ -117,6 +118,21 @@ class Tokenizer:
         """Whether the chat template has the variable `enable_thinking`."""
         return "enable_thinking" in self.chat_template
 
+    def shows_system_anywhere(self, chat_template: str | None = None) -> bool:
+        """Return whether a chat template shows system messages that are not the first message.
+
+        Some templates reject them, and others leave them out without a word.
+        """
+        if chat_template not in self._shows_system:
+            roles = "system", "system", "user", "system"
+            probe = [{"role": role, "content": PRIVATE} for role in roles]
+            found = any(
+                self._shows(messages, chat_template)
+                for messages in (probe, list(map(_as_parts, probe)))
+            )
+            self._shows_system[chat_template] = found
+        return self._shows_system[chat_template]
+
     def encode(self, text: str) -> list[int]:
         """Encode raw text, with a begin token only if the tokenizer adds one.
 
@@ -173,19 +189,20 @@ class Tokenizer:
         if chat_template not in self._needs_parts:
             probe = {"role": "user", "content": PRIVATE}
             shows_strings, shows_parts = (
-                self._shows(message, chat_template) for message in (probe, _as_parts(probe))
+                self._shows([message], chat_template) for message in (probe, _as_parts(probe))
             )
             self._needs_parts[chat_template] = shows_parts and not shows_strings
         if self._needs_parts[chat_template]:
             messages = list(map(_as_parts, messages))
         return self._apply(messages, chat_template=chat_template, **variables)
 
-    def _shows(self, message: Mapping[str, Any], chat_template: str | None) -> bool:
-        """Return whether a template shows a message with the text `PRIVATE`."""
+    def _shows(self, messages: Sequence[Mapping[str, Any]], chat_template: str | None) -> bool:
+        """Return whether a template shows each of some messages, whose texts are `PRIVATE`."""
         try:
-            return PRIVATE in self._apply([message], chat_template=chat_template)
+            text = self._apply(messages, chat_template=chat_template)
         except PromptError:
             return False
+        return text.count(PRIVATE) >= len(messages)
 
     def _apply(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         try:

@@ -1,9 +1,11 @@
-"""Rows of a prompt file."""
+"""Rows of a prompt file, and messages in the places where chat templates show them."""
 
 import pytest
+from tiny_tokenizers import byte_level, save_folder
 
 from treeflash.errors import PromptError
 from treeflash.text.prompt import Prompting, encode, read_rows
+from treeflash.text.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize(
@@ -57,3 +59,48 @@ def test_the_content_of_a_message_may_be_parts(byte_tokenizer):
     for content in ([{"type": "image_url", "image_url": {}}], ["a"]):
         with pytest.raises(PromptError, match="only texts are supported"):
             encode(byte_tokenizer, [{"role": "user", "content": content}])
+
+
+SHOWS = "{% for m in messages %}{{ m.role }}: {{ m.content }}. {% endfor %}"
+LATER = "m.role == 'system' and not loop.first"
+AGAIN = "not loop.first and m.role == loop.previtem.role"
+REJECTS, ALTERNATES = (
+    SHOWS.replace("{{", "{% if " + case + " %}{{ raise_exception('no') }}{% endif %}{{", 1)
+    for case in (LATER, f"{LATER} or {AGAIN}")
+)
+DROPS = SHOWS.replace("{{", "{% if not (" + LATER + ") %}{{", 1).replace(
+    "{% end", "{% endif %}{% end"
+)
+MANY = [
+    *(("system", "a"), ("system", "b"), ("user", "c"), ("system", "d"), ("user", "e")),
+    *(("assistant", "f"), ("system", "g"), ("system", "h"), ("assistant", "i"), ("user", "j")),
+]
+JOINED = [
+    *(("system", "a\n\nb"), ("user", "c\n\nd\n\ne")),
+    *(("assistant", "f"), ("user", "g\n\nh"), ("assistant", "i"), ("user", "j")),
+]
+AGENT = [("user", "a"), ("system", "b")]  # the first request of a coding agent
+
+
+def by_role(pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+@pytest.mark.parametrize(
+    ("template", "given", "shown"),
+    [
+        (SHOWS, MANY, MANY),
+        (REJECTS, MANY, JOINED),
+        (DROPS, MANY, JOINED),
+        (ALTERNATES, MANY, JOINED),
+        (REJECTS, AGENT, [("user", "a\n\nb")]),
+        (REJECTS, [("system", "a"), ("user", "b"), ("user", "c")], None),
+        (REJECTS, [*AGENT, ("user", "c"), ("user", "d")], [("user", "a\n\nb\n\nc\n\nd")]),
+    ],
+    ids=["shows", "rejects", "drops", "alternates", "agent", "one", "users"],
+)
+def test_every_system_message_reaches_the_model(tmp_path, template, given, shown):
+    folder = save_folder(tmp_path, byte_level(), chat_template=template)
+    tokenizer = Tokenizer.from_folder(folder)
+    expected = "".join(f"{role}: {content}. " for role, content in shown or given)
+    assert encode(tokenizer, by_role(given)).text == expected
