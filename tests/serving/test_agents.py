@@ -108,8 +108,8 @@ def test_agents(packages, tmp_path, agent, task):
         if agent == "codex":
             command = f"codex exec --skip-git-repo-check {BYPASS} '{task}'"
         else:
-            command = documented("ANTHROPIC_BASE_URL", server, "tiny").strip().splitlines()[-1]
-            assert command.endswith(" claude")
+            command = documented("ANTHROPIC_BASE_URL", server, "tiny").strip()
+            assert command.endswith("\nclaude")
             command += f" -p '{task}' --allowedTools Bash"
         config = documented("# Codex: ~/.codex/config.toml", server, "tiny")
         output, work = run_agent(packages, tmp_path, command, config)

@@ -229,12 +229,11 @@ WRONG = [
     (messages(container="c"), "container"),
     (messages(context_management=CLEARED), "context_management.edits.0.type"),
     # OpenAI's newer API: what needs stored responses or other tools, and values out of range
-    (responses(previous_response_id="resp_1"), "previous_response_id is not supported"),
     (responses(conversation="conv_1"), "conversation is not supported"),
     (responses(tool_choice={"type": "file_search"}), "any of the expected tags: 'function', "),
     (responses(include=["message.output_text.logprobs"]), "include.0: "),
     (responses(tools=[{"type": "file_search"}]), "tools.0: "),
-    (item(type="item_reference", id="msg_1"), "input.0.type: "),
+    (item(type="item_reference", id="msg_1"), "this server stores no responses; send the whole"),
     (responses(tools=[{"type": "function", "name": "two words"}]), "tools.0.name: "),
     (responses(tools=[{"type": "namespace", "name": "two words", "tools": []}]), "tools.0.name: "),
     (responses(stream_options={"include_obfuscation": True}), "include_obfuscation: "),

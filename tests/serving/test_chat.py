@@ -16,6 +16,7 @@ from treeflash.config import METHODS
 from treeflash.decoding.adaptive_budget import AdaptiveBudget, AdaptiveBudgets
 from treeflash.serving.chat import _delta
 from treeflash.serving.message_parser import MessagePart, PartChange, ToolCall
+from treeflash.serving.schemas import ImageURL, Message
 from treeflash.serving.streaming import frame, json_line
 from treeflash.testing.costs import SteadyCosts
 
@@ -192,6 +193,30 @@ def test_messages_in_parts_and_of_developers(server):
     both = [server.post(PATH, {"messages": m, "max_tokens": 8}).json() for m in (parts, plain)]
     assert both[0]["choices"] == both[1]["choices"]
     assert both[0]["usage"]["prompt_tokens"] == both[1]["usage"]["prompt_tokens"]
+
+
+def test_what_clients_add_to_messages_that_they_send_back():
+    """OpenAI's package, Copilot in VS Code, and clients of OpenRouter."""
+    function = {"name": "paint", "arguments": "{}"}
+    call = {"id": "a", "type": "function", "function": function}
+    plain = {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "Hi."}],
+        "tool_calls": [call],
+    }
+    kept = {"type": "ephemeral"}
+    sent = {
+        **{**plain, "annotations": [], "parsed": {"a": [1]}, "copilot_cache_control": kept},
+        **{"cot_id": "b", "cot_summary": "Hm.", "reasoning_details": [{"type": "text"}]},
+        "content": [{**plain["content"][0], "cache_control": kept}],
+        "tool_calls": [{**call, "function": {**function, "parsed_arguments": {}}}],
+    }
+    assert Message(**sent).template() == Message(**plain).template()
+    for name in ("reasoning", "reasoning_content"):
+        found = Message(role="assistant", content="Hi.", **{name: "Hm."}).template()
+        assert found["reasoning_content"] == "Hm."
+    image = {"url": "data:image/png;base64,AA=="}
+    assert ImageURL(**image, media_type="image/png").url == image["url"]
 
 
 @pytest.mark.parametrize(

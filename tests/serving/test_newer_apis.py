@@ -107,6 +107,15 @@ def test_no_conversation_is_kept(messages):
     assert details == {"error_code": "thread_unsupported_request"}
 
 
+def test_no_response_is_kept(responses):
+    """The error has the code by which clients know that they have to send all items."""
+    options = {"model": NAME, "max_output_tokens": 4, "input": "Hello."}
+    assert responses.responses.create(**options, store=True).model_extra["store"] is False
+    with pytest.raises(openai.BadRequestError, match="stores no responses") as refused:
+        responses.responses.create(**options, previous_response_id="resp_1")
+    assert refused.value.code == "previous_response_not_found"
+
+
 def test_all_messages_reach_the_model():
     calls = [
         {"type": "tool_use", "id": f"call_{i}", "name": "paint", "input": {"colour": colour}}

@@ -97,7 +97,7 @@ def test_thoughts_and_results_without_a_name_reach_the_chat_template():
     call = {"function": {"name": "stop", "arguments": {}}}
     answer = {"role": "assistant", "content": "Hi."}
     result = {"role": "tool", "content": "Done."}
-    found = messages_of(answer | {"thinking": "Who?", "tool_calls": [call]}, result)
+    found = messages_of(answer | {"thinking": "Who?", "tool_calls": [call | {"index": 0}]}, result)
     answer["reasoning_content"] = "Who?"
     answer["tool_calls"] = [{"id": "call_1_0", "type": "function", **call}]
     assert found == [*HELLO, answer, result | {"tool_call_id": "call_1_0"}]
@@ -115,6 +115,7 @@ def test_results_without_an_id_answer_the_calls_that_have_none_yet():
 MACHINE = {"num_ctx": 4096, "num_gpu": 99, "num_thread": 2, "use_mmap": True, "num_batch": 2}
 MACHINE |= {"main_gpu": 1, "numa": True, "num_keep": 5, "draft_num_predict": 4}
 MACHINE |= {"use_mlock": True, "low_vram": True, "penalize_newline": True, "typical_p": 1.0}
+MACHINE |= {"tfs_z": 1.0, "f16_kv": True, "logits_all": False}
 
 
 def test_options_of_a_machine_change_nothing(client):

@@ -92,6 +92,7 @@ class OllamaOptions(OllamaSchema):
     mirostat_eta: float | None = None
     mirostat_tau: float | None = None
     typical_p: Annotated[float, Field(ge=1, le=1)] | None = None
+    tfs_z: Annotated[float, Field(ge=1, le=1)] | None = None
     penalize_newline: Literal[True] | None = None
     # The model was loaded when the server started.
     num_ctx: int | None = None
@@ -104,6 +105,8 @@ class OllamaOptions(OllamaSchema):
     use_mmap: bool | None = None
     use_mlock: bool | None = None
     low_vram: bool | None = None
+    f16_kv: bool | None = None
+    logits_all: bool | None = None
     numa: bool | None = None
 
     @model_validator(mode="before")
@@ -187,6 +190,7 @@ class OllamaFunction(Schema):
 class OllamaCall(Schema):
     id: str | None = None
     type: Literal["function"] | None = None
+    index: int | None = None  # written by Open WebUI
     function: OllamaFunction
 
 

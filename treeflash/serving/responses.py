@@ -15,7 +15,7 @@ from fastapi import Request as HTTPRequest
 from pydantic import Field
 
 from treeflash.serving.engine import Completion
-from treeflash.serving.errors import api_error, bad_request
+from treeflash.serving.errors import APIError, api_error, bad_request
 from treeflash.serving.message_parser import MessageParser, MessagePart, PartChange, ToolCall
 from treeflash.serving.models import ModelPool
 from treeflash.serving.schemas import (
@@ -118,7 +118,13 @@ class ReasoningItem(InputItem):
     content: Items[ContentPart] | None = None
 
 
-Item = MessageItem | CallItem | CallOutputItem | ReasoningItem
+class ItemReference(InputItem):
+    """An item that the server is to have stored; it is always refused."""
+
+    type: Literal["item_reference"]
+
+
+Item = MessageItem | CallItem | CallOutputItem | ReasoningItem | ItemReference
 
 
 class ResponseFunction(Function, FunctionTyped):
@@ -205,7 +211,8 @@ class ResponsesRequest(PromptCaching):
     reasoning: Reasoning | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
-    store: Literal[False] | None = None
+    store: bool | None = None  # whatever it asks for, nothing is stored, and the response says so
+    previous_response_id: str | None = None  # always refused, in a form that clients know
     include: LongList[Literal["reasoning.encrypted_content"]] | None = None
     truncation: Literal["disabled"] | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -222,7 +229,10 @@ class ResponsesRequest(PromptCaching):
         return options
 
     def conversation(self) -> Conversation:
-        """Build the conversation; an APIError if fields do not fit each other."""
+        """Build the conversation; an APIError if fields do not fit each other, or need a store."""
+        if self.previous_response_id is not None:
+            # Clients know this code, and then send the whole conversation.
+            raise _not_stored("previous_response_id", "previous_response_not_found")
         choice, among = self.tool_choice, None
         if isinstance(choice, ResponseToolSubset):
             among = [tool.name for tool in choice.tools]
@@ -283,6 +293,8 @@ class ResponsesRequest(PromptCaching):
         if isinstance(self.input, str):
             return [*messages, {"role": "user", "content": self.input}]
         for item in self.input:
+            if isinstance(item, ItemReference):
+                raise _not_stored("input")
             if isinstance(item, CallOutputItem):
                 content = _content_of(item.output)
                 messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
@@ -298,6 +310,11 @@ class ResponsesRequest(PromptCaching):
             # Most chat templates accept one system message only.
             messages[0]["content"] += f"\n\n{messages.pop(1)['content']}"
         return messages
+
+
+def _not_stored(param: str, code: str | None = None) -> APIError:
+    message = "this server stores no responses; send the whole conversation, with store: false"
+    return bad_request(message, param, code)
 
 
 def _extend(message: dict[str, Any], item: MessageItem | CallItem | ReasoningItem) -> None:

@@ -274,10 +274,11 @@ class CacheBreakpoint(Schema):
 class Breakable(Schema):
     """A part of OpenAI's messages that may mark the end of a prefix to cache.
 
-    This server caches all prompts anyway.
+    Clients of several APIs do it in Anthropic's form, too. This server caches all prompts anyway.
     """
 
     prompt_cache_breakpoint: CacheBreakpoint | None = None
+    cache_control: dict[str, Any] | None = None
 
 
 class CacheOptions(Schema):
@@ -299,7 +300,9 @@ class TextPart(TextContent, Breakable):
 
 class ImageURL(Schema):
     url: str
-    detail: Literal["auto", "low", "high", "original"] | None = None  # changes nothing here
+    # These change nothing here.
+    detail: Literal["auto", "low", "high", "original"] | None = None
+    media_type: str | None = None
 
 
 class ImagePart(Breakable):
@@ -332,6 +335,7 @@ class CalledFunction(NamedFunction):
     """A called function; the arguments are a JSON object, as text."""
 
     arguments: str
+    parsed_arguments: Any = None  # added by OpenAI's package
 
 
 class MessageToolCall(Schema):
@@ -345,11 +349,23 @@ class Message(Schema):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Items[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: Items[MessageToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None  # the name of a participant, for chat templates that show it
     type: Literal["text"] | None = None  # sent by lm-eval
-    annotations: list[Any] | None = None  # sent back by clients of other servers
+    # Clients add these to messages that they send back, and they change nothing here.
+    annotations: list[Any] | None = None
+    parsed: Any = None
+    reasoning_details: list[Any] | None = None
+    copilot_cache_control: dict[str, Any] | None = None
+    cot_id: str | None = None
+    cot_summary: Any = None
+
+    @property
+    def thoughts(self) -> str | None:
+        """The reasoning, for which clients have two names."""
+        return self.reasoning if self.reasoning_content is None else self.reasoning_content
 
     def template(self) -> dict[str, Any]:
         """Convert it for chat templates; an APIError if it does not fit its role."""
@@ -361,8 +377,9 @@ class Message(Schema):
             "role": "system" if self.role == "developer" else self.role,
             "content": content,
         }
-        names = {"reasoning_content", "tool_call_id", "name"}
-        message |= self.model_dump(include=names, exclude_none=True)
+        message |= self.model_dump(include={"tool_call_id", "name"}, exclude_none=True)
+        if (reasoning := self.thoughts) is not None:
+            message["reasoning_content"] = reasoning
         if self.tool_calls:
             calls = [(call.id, call.function) for call in self.tool_calls]
             message["tool_calls"] = [
@@ -372,7 +389,7 @@ class Message(Schema):
 
     def _check(self) -> None:
         error = None
-        if self.role != "assistant" and (self.tool_calls or self.reasoning_content is not None):
+        if self.role != "assistant" and (self.tool_calls or self.thoughts is not None):
             error = "must not have tool_calls or reasoning_content, which only assistants have"
         elif self.role == "tool" and self.tool_call_id is None:
             error = "needs tool_call_id, the id of the call that it answers"
