@@ -117,7 +117,6 @@ WRONG = [
     *each(
         responses,
         end=": ",
-        store=[True],
         background=[True],
         truncation=["auto"],
         service_tier=["flex"],

@@ -228,7 +228,7 @@ def _for_template(
     later = any(message["role"] == "system" for message in messages[1:])
     if later and not tokenizer.shows_system_anywhere(chat_template):
         messages = _place_system(messages)
-    shown = []
+    shown: list[Message] = []
     for message in messages:
         parts = [{"type": "image"} if _is_image(part) else part for part in _parts(message)]
         shown.append({**message, "content": content_of(parts)})
