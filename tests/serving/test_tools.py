@@ -10,6 +10,7 @@ from bodies import chat, ollama, responses, text
 from servers import serving, submitted
 from tool_models import CHAT_TEMPLATE, FIELDS, RESPONSE_TEMPLATE, tool_model
 
+from treeflash.serving.call_grammar import call_grammar
 from treeflash.serving.message_parser import ResponseTemplate
 from treeflash.serving.schemas import AllowedTools
 
@@ -195,6 +196,7 @@ CHOSEN = {
     "deepseek_v3": "<｜Assistant｜>",
     "deepseek_v31": "<｜Assistant｜>",
     "hermes": "<|im_start|>assistant\n",
+    "qwen3_coder": "<|im_start|>assistant\n",
 }
 
 
@@ -224,25 +226,16 @@ def test_calls_may_begin_and_end_with_slashes(compiler, free, parallel):
     template = ResponseTemplate(RESPONSE_TEMPLATE | {"fields": FIELDS | {"tool_calls": calls}})
     functions = [{"type": "function", "function": {"name": "stop", "strict": True}}]
     tools = AllowedTools(functions, must_call=not free, parallel=parallel)
-    assert compiler.compile(template.call_grammar(tools, free=free, param="tools"))
+    assert compiler.compile(call_grammar(template, tools, free=free))
 
 
 def test_calls_that_cannot_be_enforced(tmp_path):
-    fields = RESPONSE_TEMPLATE["fields"]
-    inline = {
-        "open_pattern": "<call=(?P<name>[^>]+)>",
-        "close": "</call>",
-        "repeats": True,
-        "content": "xml-inline",
-        "content_args": {"tag_pattern": "<(?P<key>[^>]+)>(?P<value>.*?)</>"},
-        "transform": {
-            "type": "function",
-            "function": {"name": "{name}", "arguments": "{content}"},
-        },
-    }
-    template = RESPONSE_TEMPLATE | {"fields": fields | {"tool_calls": inline}}
+    lines = {**FIELDS["tool_calls"], "content": "kv-lines"}
+    template = RESPONSE_TEMPLATE | {"fields": FIELDS | {"tool_calls": lines}}
     with serving(tool_model(tmp_path, template)) as running:
         assert running.chat(tools=TOOLS, max_tokens=3).status_code == 200
+        strict = [tool("paint", PAINT, strict=True)]
+        assert running.chat(tools=strict, max_tokens=3).status_code == 200
         response = running.chat(tools=TOOLS, tool_choice="required")
         with_form = running.chat(tools=TOOLS, response_format=FORMAT)
     assert response.status_code == 400

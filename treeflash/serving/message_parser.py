@@ -1,8 +1,7 @@
 """Splits an answer into reasoning, content and tool calls, while it is generated.
 
 The form of a message is declared by a response template, as transformers reads it: see
-`PreTrainedTokenizer.get_response_parser`. A `MessageParser` reads one answer with it;
-`ResponseTemplate` also makes the grammars that enforce tool calls.
+`PreTrainedTokenizer.get_response_parser`. A `MessageParser` reads one answer with it.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from treeflash.decoding.families import family_of
 from treeflash.drafters.folder import read_config
-from treeflash.serving.errors import bad_request
-from treeflash.serving.response_templates import JSON_CALL, SPACE_RUN, TOOL_CALL_PARSERS
-from treeflash.serving.schemas import ANY_OBJECT, AllowedTools
-from treeflash.text.grammar import SPACE, Grammar, bound_white_space, escape_slashes
+from treeflash.serving.response_templates import TOOL_CALL_PARSERS
+from treeflash.text.grammar import SPACE, Grammar, escape_slashes
+from treeflash.text.json_schema import SchemaReader
 from treeflash.text.stream import Chunk
 from treeflash.text.tokenizer import Tokenizer
 
@@ -32,11 +30,6 @@ if TYPE_CHECKING:
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of the reasoning in response templates."""
-LOOKAHEAD = re.compile(r"\(\?=[^()]*\)$")
-OPTIONAL_SPACE = r"\s*"
-ARGUMENT_KEYS = {"{content}": "arguments", str(JSON_CALL): "parameters"}
-"""The name of the arguments in the JSON of a call, by the transform of the call."""
-NAME_GROUP = re.compile(r"\(\?P<name>[^()]*\)")
 INVALID_CALL = (ValueError, TypeError, KeyError, RecursionError)
 """Exceptions of transformers' parser for a text that begins like a call but is not one."""
 
@@ -115,68 +108,6 @@ class ResponseTemplate:
         rule = f"thought{'' if end else '[lazy]'}: /{opening}(?s:.*){close}/"
         return grammar.prepend(lead if begun else f"({lead})?", rule=rule)
 
-    def call_grammar(self, tools: AllowedTools, *, free: bool, param: str) -> Grammar:
-        """Return the grammar of messages with calls of these tools.
-
-        The arguments of `strict` functions follow their schemas; if the message must consist of
-        calls, the arguments of all functions do. With `free` the calls may follow free text, or
-        there may be none. `param` is the field of the request that enforces the calls. Raises an
-        APIError if the model does not write its calls in JSON.
-        """
-        field = self.fields.get("tool_calls", {})
-        opening, close = _pattern(field, "open"), _pattern(field, "close") or ""
-        function = (field.get("transform") or {}).get("function")
-        is_json = field.get("content") == "json" and not field.get("content_args")
-        is_json &= not field.get("transform_each")  # a list of calls
-        # Free text ends where a call begins, so the call must begin with a certain text.
-        if not is_json or function is None or opening is None or (free and not opening):
-            raise bad_request(
-                f"{param} is not supported with this model, because it writes its calls in a "
-                "format that cannot be enforced; set tool_choice to auto and strict to false, and "
-                "do not request structured output",
-                param,
-            )
-        schemas: dict[str, Any] = {}
-        for tool in tools.functions:
-            called = tool["function"]
-            enforced = called.get("parameters") if tools.must_call or called.get("strict") else None
-            schemas[called["name"]] = enforced or ANY_OBJECT
-        calls: dict[str, Any]
-        if (key := ARGUMENT_KEYS.get(str(function))) is not None:  # all of the call is JSON
-            calls = {opening: {"anyOf": [_call_schema(*x, key) for x in schemas.items()]}}
-        else:  # the name is in the opening
-            calls = {_with_name(opening, name): schema for name, schema in schemas.items()}
-        return _grammar_of_calls(calls, close, free=free, parallel=tools.parallel)
-
-
-def _grammar_of_calls(
-    calls: Mapping[str, Any], close: str, *, free: bool, parallel: bool
-) -> Grammar:
-    """Return the grammar of messages with calls: JSON schemas by the patterns that begin a call.
-
-    `close` is the pattern after the JSON; see `ResponseTemplate.call_grammar` for `free`. There is
-    at most one call unless they are `parallel`.
-    """
-    rules, entries = [], []
-    for i, (opening, schema) in enumerate(calls.items()):
-        begin = ""
-        if opening:  # it ends a lazy lexeme, so that free text ends where a call begins
-            begin = f"opening_{i} /{SPACE}/ "
-            text = "(?s:.*)" if free else ""
-            rules.append(f"opening_{i}[lazy]: /{text}{escape_slashes(opening)}/")
-        rules.append(f"call_{i}: {begin}@arguments_{i} /{SPACE}{escape_slashes(close)}/")
-        entries.append({"name": f"arguments_{i}", "json_schema": bound_white_space(schema)})
-    start = "start: (" + " | ".join(f"call_{i}" for i in range(len(calls))) + ")"
-    if not free:
-        start += "+" if parallel else ""
-    elif parallel:  # free text without a call may follow
-        start += "* /(?s:.*)/"
-    else:
-        start += "? REST"
-        openings = "|".join(map(escape_slashes, calls))
-        rules.append(f"REST: /(?s:.*)/ & ~/(?s:.*)({openings})(?s:.*)/")
-    return Grammar(({"lark_grammar": "\n".join([start, *rules])}, *entries))
-
 
 def _part_token(tokenizer: Tokenizer, text: str, place: Literal[0, -1]) -> tuple[str, str]:
     """Return the special token that is first or last in a text, in the Lark format, and the rest.
@@ -188,29 +119,6 @@ def _part_token(tokenizer: Tokenizer, text: str, place: Literal[0, -1]) -> tuple
         return "", text
     name = tokenizer.token_text(tokens[place])
     return f"<[{tokens[place]}]>", text.removesuffix(name) if place else text.removeprefix(name)
-
-
-def _pattern(field: Mapping[str, Any], end: str) -> str | None:
-    """Return the regular expression of a field's beginning or end."""
-    if f"{end}_pattern" in field:
-        pattern = str(field[f"{end}_pattern"])
-        if (found := LOOKAHEAD.search(pattern)) is not None:  # the call has no text before its JSON
-            return "" if pattern[: found.start()] in (OPTIONAL_SPACE, SPACE_RUN) else None
-        return pattern.replace(OPTIONAL_SPACE, SPACE)
-    literal = field.get(end)
-    literal = literal[0] if isinstance(literal, list) else literal
-    return None if literal is None else re.escape(literal)
-
-
-def _with_name(opening: str, name: str) -> str:
-    """Return the beginning of a call of one function."""
-    return NAME_GROUP.sub(lambda _: re.escape(name), opening)
-
-
-def _call_schema(name: str, schema: Mapping[str, Any], key: str) -> dict[str, Any]:
-    properties = {"name": {"const": name}, key: schema}
-    call = {"type": "object", "properties": properties, "required": list(properties)}
-    return {**call, "additionalProperties": False}
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +137,7 @@ class MessageForm:
         """Return a parser that has read the prompt; None if the prompt has an invalid call."""
         from transformers.utils.chat_parsing import ResponseParser
 
-        source, tools = self.template.source, list(self.tools)
+        source, tools = self.template.source, list(map(_with_types, self.tools))
         try:
             return ResponseParser(source, prefix=self.prompt, tools=tools)
         except INVALID_CALL:  # in the message that the answer continues, for example
@@ -242,6 +150,23 @@ class MessageForm:
             return False
         events = [x for x in parser.initial_events if x["field"] in REASONING]
         return bool(events) and events[-1]["type"] != "region_close"
+
+
+def _with_types(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a function with the types of its parameters alone: transformers follows no reference.
+
+    It reads texts by these types.
+    """
+    function = tool["function"]
+    schema = function.get("parameters") or {}
+    properties = schema.get("properties") if isinstance(schema, Mapping) else None
+    reader = SchemaReader(schema)
+    types = {
+        key: {"type": reader.types(value)}
+        for key, value in (properties if isinstance(properties, Mapping) else {}).items()
+    }
+    parameters = {"type": "object", "properties": types}
+    return {"type": "function", "function": {"name": function["name"], "parameters": parameters}}
 
 
 @dataclass(frozen=True, kw_only=True)

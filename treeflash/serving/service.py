@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from fastapi import Request as HTTPRequest
 
 from treeflash.decoding.sampling import Constraint
+from treeflash.serving.call_grammar import call_grammar
 from treeflash.serving.engine import Completion, Engine
 from treeflash.serving.errors import APIError, bad_request
 from treeflash.serving.message_parser import MessageForm, MessageParser, ResponseTemplate
@@ -25,6 +27,8 @@ from treeflash.text.options import MAX_IMAGES, Options
 from treeflash.text.prompt import EncodedPrompt, encode_chat, images_of
 from treeflash.text.stream import Assembler
 from treeflash.text.tokenizer import Tokenizer, check_unicode
+
+logger = logging.getLogger("treeflash.serving")
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,13 +258,17 @@ class Conversation:
         if self.grammar is None or tools.must_call:
             assert form is not None
             param = "tool_choice" if tools.must_call else "tools"
-            grammar = form.template.call_grammar(tools, free=not tools.must_call, param=param)
+            calls = call_grammar(form.template, tools, free=not tools.must_call)
+            if calls is None and not tools.must_call:
+                logger.info("strict is ignored: the calls of this model cannot be enforced")
+                return None
+            grammar = _enforced(calls, param)
         else:
             grammar, param = self.grammar
             if tools.functions:
                 assert form is not None
-                calls = form.template.call_grammar(tools, free=False, param=param)
-                grammar = grammar.either(calls)
+                calls = call_grammar(form.template, tools, free=False)
+                grammar = grammar.either(_enforced(calls, param))
         if form is not None and (form.in_reasoning or self._may_think(service)):
             grammar = form.template.prepend_reasoning(
                 grammar, service.tokenizer, begun=form.in_reasoning
@@ -274,3 +282,15 @@ class Conversation:
             opening = service.response_template.reasoning_opening
             return opening is not None and opening in service.tokenizer.chat_template
         return bool(self.variables(service).get("enable_thinking", service.tokenizer.thinking))
+
+
+def _enforced(calls: Grammar | None, param: str) -> Grammar:
+    """Return the grammar of calls that a field enforces; an APIError if they cannot be."""
+    if calls is None:
+        raise bad_request(
+            f"{param} is not supported with this model and these tools, because the format of its "
+            "calls cannot be enforced; set tool_choice to auto, and do not request structured "
+            "output",
+            param,
+        )
+    return calls

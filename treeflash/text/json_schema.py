@@ -1,4 +1,4 @@
-"""JSON schemas whose objects are closed: the names of their keys are the ones that a schema lists.
+"""JSON schemas: their objects, which are closed, and the schemas that a value may follow.
 
 By the standard an object may have any other keys too. Small models then invent keys until the
 answer is cut off, so llama.cpp and Ollama close the objects of a schema that does not say
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 from urllib.parse import unquote
 
@@ -21,6 +22,17 @@ NAMED_VALUES = ("properties", "patternProperties", "$defs", "definitions")
 """Keywords with schemas of other values, by name."""
 VALUES = ("additionalProperties", "items", "prefixItems", "additionalItems")
 """Keywords with a schema of other values, or a list of schemas."""
+MOST_PARTS = 64
+"""Most schemas that are read for one value, and most values whose types are."""
+NAMES_OF_TYPES = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    list: "array",
+    dict: "object",
+    type(None): "null",
+}
+"""Names of the types of values but texts."""
 
 
 def close_objects(schema: Any) -> None:
@@ -106,30 +118,15 @@ class _Closing:
             found.has_others |= any(name in part for name in OTHER_KEYS)
             if (reference := part.get("$ref")) is not None and str(reference) not in followed:
                 followed.add(str(reference))
-                target = self._target(reference)
+                target = target_of(reference, self._original)
                 found.has_others |= target is None
                 waiting.append(target)
             waiting += reversed([x for name in COMBINED for x in _schemas(part, name)])
         return found
 
-    def _target(self, reference: Any) -> Any:
-        """Return the schema that a reference within this one means; None for other references."""
-        if not isinstance(reference, str) or not f"{reference}/".startswith("#/"):
-            return None
-        target: Any = self._original
-        for part in unquote(reference).split("/")[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(target, list) and name.isdecimal() and int(name) < len(target):
-                target = target[int(name)]
-            elif isinstance(target, dict) and name in target:
-                target = target[name]
-            else:
-                return None
-        return target
-
     def _open_reference(self, part: dict[str, Any]) -> None:
         """Let a part of a larger object refer to a copy that is not closed."""
-        reference, target = part["$ref"], self._target(part["$ref"])
+        reference, target = part["$ref"], target_of(part["$ref"], self._original)
         if not self._keys([target]).has_properties:
             return  # nothing of the target is closed
         if reference not in self._open:
@@ -141,6 +138,79 @@ class _Closing:
             self._waiting.append((definitions[name], False))
             self._open[reference] = f"#/$defs/{name}"
         part["$ref"] = self._open[reference]
+
+
+def target_of(reference: Any, root: Any) -> Any:
+    """Return the schema that a reference within `root` means; None for other references."""
+    if not isinstance(reference, str) or not f"{reference}/".startswith("#/"):
+        return None
+    target: Any = root
+    for part in unquote(reference).split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(target, list) and name.isdecimal() and int(name) < len(target):
+            target = target[int(name)]
+        elif isinstance(target, dict) and name in target:
+            target = target[name]
+        else:
+            return None
+    return target
+
+
+@dataclass
+class SchemaReader:
+    """Tells which values a schema within `root` allows, where references are followed.
+
+    Requests bring any schema, so a value's is read up to `MOST_PARTS` parts.
+    """
+
+    root: Any
+    _targets: dict[str, Any] = field(default_factory=dict)
+
+    def alternatives(self, schema: Any) -> list[dict[str, Any]]:
+        """Return the schemas of which a value follows one; an empty one allows any value."""
+        found, waiting = list[dict[str, Any]](), [schema]
+        for _ in range(MOST_PARTS):
+            if not waiting:
+                return found
+            part = waiting.pop(0)
+            if not isinstance(part, dict):
+                part = {}
+            parts = list(islice(self._parts(part), MOST_PARTS))
+            waiting[:0] = parts
+            found += [] if parts else [part]
+        return [{}]
+
+    def types(self, schema: Any) -> list[str]:
+        """Return the names of the types that a value may have; none if the schema does not say."""
+        found: list[Any] = []
+        for part in self.alternatives(schema):
+            types = part.get("type", [])
+            if not types:
+                values = chosen_values(part) or ()
+                types = [NAMES_OF_TYPES.get(type(x), "string") for x in values[:MOST_PARTS]]
+            found += types if isinstance(types, list) else [types]
+        return list(dict.fromkeys(x for x in found if isinstance(x, str)))
+
+    def _parts(self, part: dict[str, Any]) -> Iterator[Any]:
+        """Yield the schemas of which a value follows one instead of this one."""
+        reference = part.get("$ref")
+        if isinstance(reference, str):
+            if reference not in self._targets:
+                self._targets[reference] = target_of(reference, self.root)
+            yield self._targets[reference]
+            return
+        for name in ("anyOf", "oneOf"):
+            yield from _schemas(part, name)
+        if "type" not in part and isinstance(both := part.get("allOf"), list) and len(both) == 1:
+            yield from both
+
+
+def chosen_values(part: dict[str, Any]) -> list[Any] | None:
+    """Return the values that a schema lists; None if it lists none."""
+    if "const" in part:
+        return [part["const"]]
+    values = part.get("enum")
+    return values if isinstance(values, list) else None
 
 
 def _schemas(part: dict[str, Any], name: str) -> Iterator[Any]:

@@ -1,0 +1,239 @@
+r"""Grammars of tool calls, in the forms in which models write them.
+
+A call has an opening, its arguments and an end. Arguments are one JSON object or, in the form of
+Qwen3.5, texts between tags:
+
+    <tool_call>
+    <function=paint>
+    <parameter=colour>
+    red
+    </parameter>
+    </function>
+    </tool_call>
+
+Each parameter is then a rule of its own, in the order of the schema's `properties`. A text has no
+quotes: it ends at the first end of a tag, and only the values of `enum` and `const` are enforced in
+it. Other values are JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from treeflash.serving.message_parser import ResponseTemplate
+from treeflash.serving.response_templates import JSON_CALL, SPACE_RUN
+from treeflash.serving.schemas import ANY_OBJECT, AllowedTools
+from treeflash.text.grammar import SPACE, Grammar, bound_white_space, escape_slashes
+from treeflash.text.json_schema import SchemaReader, chosen_values
+
+LOOKAHEAD = re.compile(r"\(\?=[^()]*\)$")
+OPTIONAL_SPACE = r"\s*"
+ARGUMENT_KEYS = {"{content}": "arguments", str(JSON_CALL): "parameters"}
+"""The name of the arguments in the JSON of a call, by the transform of the call."""
+NAME_GROUP = re.compile(r"\(\?P<name>[^()]*\)")
+BLANK = f"(?:{re.escape(SPACE)})?"
+TAG = re.compile(rf"(?s)(.*)\(\?P<key>([^()]*)\)(.*?){BLANK}\(\?P<value>\.\*\?\){BLANK}(.*)")
+"""A pattern of tags: what begins one, the pattern of names, and what is before and after a value
+and the white space around it."""
+REST_OF_TEXT = "(?s:.*)"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a call, in the Lark format."""
+
+    text: str  # the part of a rule that matches them; empty for none
+    rules: Sequence[str] = ()  # rules that it refers to
+    entries: Sequence[Mapping[str, Any]] = ()  # grammars that it refers to
+
+
+def call_grammar(template: ResponseTemplate, tools: AllowedTools, *, free: bool) -> Grammar | None:
+    """Return the grammar of messages with calls of these tools; None for forms without one.
+
+    The arguments of `strict` functions follow their schemas; if the message must consist of calls,
+    the arguments of all functions do. With `free` the calls may follow free text, or there may be
+    none.
+    """
+    form = template.fields.get("tool_calls", {})
+    opening, close = _pattern(form, "open"), _pattern(form, "close") or ""
+    call = (form.get("transform") or {}).get("function")
+    if call is None or opening is None or form.get("transform_each"):
+        return None
+    opening, *after_name = NAME_GROUP.split(opening, 1)
+    if free and not opening:  # free text ends where a call begins, so that must be a certain text
+        return None
+    schemas: dict[str, Any] = {}
+    for tool in tools.functions:
+        called = tool["function"]
+        enforced = called.get("parameters") if tools.must_call or called.get("strict") else None
+        schemas[called["name"]] = enforced or ANY_OBJECT
+    if _is_json(form) and (key := ARGUMENT_KEYS.get(str(call))) is not None:  # all of it is JSON
+        one_of = {"anyOf": [_call_schema(name, schema, key) for name, schema in schemas.items()]}
+        calls = [_json_arguments("arguments", one_of)]
+    else:
+        calls = []
+        for i, (name, schema) in enumerate(schemas.items()):
+            arguments = _arguments(form, f"arguments_{i}", schema)
+            if arguments is None or not after_name:
+                return None
+            named = f"/{escape_slashes(re.escape(name) + after_name[0])}/ /{SPACE}/"
+            calls.append(replace(arguments, text=f"{named} {arguments.text}"))
+    return _grammar_of_calls(opening, calls, close, free=free, parallel=tools.parallel)
+
+
+def _grammar_of_calls(
+    opening: str, calls: Sequence[Arguments], close: str, *, free: bool, parallel: bool
+) -> Grammar:
+    """Return the grammar of messages with calls, each of one of `calls` between two patterns.
+
+    See `call_grammar` for `free`. There is at most one call unless they are `parallel`.
+    """
+    rules, begin = [], ""
+    if opening:  # it ends a lazy lexeme, so that free text ends where a call begins
+        begin = f"opening /{SPACE}/ "
+        text = REST_OF_TEXT if free else ""
+        rules.append(f"opening[lazy]: /{text}{escape_slashes(opening)}/")
+    one_of = " | ".join(call.text for call in calls)
+    rules.append(f"call: {begin}({one_of}) /{SPACE}{escape_slashes(close)}/")
+    start = "start: call"
+    if not free:
+        start += "+" if parallel else ""
+    elif parallel:  # free text without a call may follow
+        start += f"* /{REST_OF_TEXT}/"
+    else:
+        start += "? REST"
+        begun = f"{REST_OF_TEXT}{escape_slashes(opening)}{REST_OF_TEXT}"
+        rules.append(f"REST: /{REST_OF_TEXT}/ & ~/{begun}/")
+    rules += (rule for call in calls for rule in call.rules)
+    text = "\n".join([start, *rules])
+    return Grammar(({"lark_grammar": text}, *(entry for call in calls for entry in call.entries)))
+
+
+def _arguments(form: Mapping[str, Any], name: str, schema: Any) -> Arguments | None:
+    """Return the arguments of a function, whose rules begin with `name`; None if they have none."""
+    if _is_json(form):
+        return _json_arguments(name, schema)
+    tags = Tags.find(form)
+    return None if tags is None else tags.arguments(name, schema)
+
+
+def _is_json(form: Mapping[str, Any]) -> bool:
+    return form.get("content") == "json" and not form.get("content_args")
+
+
+def _json_arguments(name: str, schema: Any) -> Arguments:
+    return Arguments(f"@{name}", entries=[{"name": name, "json_schema": bound_white_space(schema)}])
+
+
+@dataclass(frozen=True)
+class Tags:
+    """The patterns of the tags around a value."""
+
+    begin: str  # before the name
+    name: str  # of any name
+    between: str  # after the name
+    end: str  # after the value
+
+    @classmethod
+    def find(cls, form: Mapping[str, Any]) -> Tags | None:
+        """Return the tags of a call's form; None if its arguments are not values between tags."""
+        args = form.get("content_args") or {}
+        if form.get("content") != "xml-inline" or args.keys() != {"tag_pattern"}:
+            return None
+        found = TAG.fullmatch(args["tag_pattern"].replace(OPTIONAL_SPACE, SPACE))
+        return None if found is None or not found[4] else cls(*found.groups())
+
+    def arguments(self, name: str, schema: Any) -> Arguments | None:
+        """Return the arguments of a function, whose rules begin with `name`.
+
+        None if their schema says more than which properties there are.
+        """
+        writer = _Writer(self, name, SchemaReader(schema))
+        root, *others = writer.reader.alternatives(schema)
+        if others or root.keys() & {"allOf", "patternProperties"}:
+            return None
+        properties = root.get("properties") or {}
+        required = [key for key in root.get("required") or () if isinstance(key, str)]
+        parts = [
+            writer.argument(key, value) + ("" if key in required else "?")
+            for key, value in (dict.fromkeys(required, True) | properties).items()
+        ]
+        if root.get("additionalProperties", "properties" not in root) is not False:
+            parts.append(writer.any_argument() + "*")
+        return Arguments(" ".join(parts), writer.rules, writer.entries)
+
+
+@dataclass
+class _Writer:
+    """Writes the rules of a function's arguments."""
+
+    tags: Tags
+    name: str
+    reader: SchemaReader
+    rules: list[str] = field(default_factory=list)
+    entries: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def argument(self, key: str, schema: Any) -> str:
+        """Add the rule of a parameter; returns its name."""
+        return self._add(re.escape(key), self._value(schema))
+
+    def any_argument(self) -> str:
+        """Add the rule of a parameter with any name and any value; returns its name."""
+        return self._add(self.tags.name, self._text())
+
+    def _add(self, key: str, value: str) -> str:
+        rule = f"{self.name}_{len(self.rules)}"
+        opening = escape_slashes(f"{SPACE}{self.tags.begin}{key}{self.tags.between}")
+        self.rules.append(f"{rule}: /{opening}/ {value}")
+        return rule
+
+    def _value(self, schema: Any) -> str:
+        """Return the part of a rule for a value and its end."""
+        texts, others = list[str](), list[Any]()
+        for part in self.reader.alternatives(schema):
+            if (values := chosen_values(part)) is not None:
+                texts += [x if isinstance(x, str) else json.dumps(x) for x in values]
+            elif "string" in (self.reader.types(part) or ["string"]):
+                return self._text()
+            else:
+                others.append(part)
+        choices = []
+        if texts:
+            pattern = escape_slashes("|".join(map(re.escape, texts)))
+            choices.append(f"/{SPACE}({pattern})/")
+        if others:
+            root = self.reader.root
+            definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
+            name = f"{self.name}_value_{len(self.entries)}"
+            value = _json_arguments(name, {"anyOf": others, **definitions})
+            self.entries += value.entries
+            choices.append(f"/{SPACE}/ {value.text}")
+        return f"({' | '.join(choices)}) /{SPACE}{escape_slashes(self.tags.end)}/"
+
+    def _text(self) -> str:
+        """Return the part of a rule for a text and its end: the lexeme stops at the first end."""
+        rule = f"{self.name}_{len(self.rules)}"
+        self.rules.append(f"{rule}[lazy]: /{REST_OF_TEXT}{escape_slashes(self.tags.end)}/")
+        return rule
+
+
+def _pattern(form: Mapping[str, Any], end: str) -> str | None:
+    """Return the regular expression of the beginning or the end of a call."""
+    if f"{end}_pattern" in form:
+        pattern = str(form[f"{end}_pattern"])
+        if (found := LOOKAHEAD.search(pattern)) is not None:  # the call has no text before its JSON
+            return "" if pattern[: found.start()] in (OPTIONAL_SPACE, SPACE_RUN) else None
+        return pattern.replace(OPTIONAL_SPACE, SPACE)
+    literal = form.get(end)
+    literal = literal[0] if isinstance(literal, list) else literal
+    return None if literal is None else re.escape(literal)
+
+
+def _call_schema(name: str, schema: Mapping[str, Any], key: str) -> dict[str, Any]:
+    properties = {"name": {"const": name}, key: schema}
+    call = {"type": "object", "properties": properties, "required": list(properties)}
+    return {**call, "additionalProperties": False}
