@@ -63,6 +63,17 @@ class DeviceError(TreeflashError):
         )
 
 
+class DeviceMemoryError(DeviceError, MemoryError):
+    """Memory ran out in work that a GPU had accepted."""
+
+    def __init__(self, error: Exception) -> None:
+        Exception.__init__(
+            self,
+            "the GPU ran out of memory in work that was under way; shorten the prompt, decode "
+            f"fewer texts at once, or use a smaller model ({first_line(error)})",
+        )
+
+
 OUT_OF_MEMORY = (
     "out of memory",
     "allocate memory",
@@ -110,6 +121,11 @@ def is_device_lost(error: Exception) -> bool:
 def is_of_earlier_work(error: Exception) -> bool:
     """Return whether work failed that a device accepted earlier, by whatever sequences."""
     return _says(error, FAILED_EARLIER) and not is_device_lost(error)
+
+
+def device_error(error: Exception) -> DeviceError:
+    """Return the error for the user of work that failed after a device had accepted it."""
+    return (DeviceMemoryError if is_out_of_memory(error) else DeviceError)(error)
 
 
 def first_line(error: Exception) -> str:

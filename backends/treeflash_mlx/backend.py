@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -48,6 +49,7 @@ from treeflash_mlx.drafter import Drafter
 from treeflash_mlx.drafter_loading import BITS, Head, Model, choose_bits, load_drafter
 from treeflash_mlx.exact import check_operations
 from treeflash_mlx.heads import ARHead
+from treeflash_mlx.memory import MEMORY
 from treeflash_mlx.metal_kernels.examination import examine
 from treeflash_mlx.metal_kernels.products import choose_products
 from treeflash_mlx.mtp_head import MtpCache, MtpDrafter, MtpModel, ParallelDrafter
@@ -100,7 +102,8 @@ class MlxBackend(BaseBackend):
             cache_class = MtpCache if isinstance(config, MtpConfig) else KVCache
             layers = config.num_hidden_layers + cache_class.layers_without_keys
             drafter = cache_class(layers, capacity + config.scratch_rows)
-        return State(self.target.new_kv_cache(capacity), drafter)
+        size = partial(self.state_nbytes, drafts=drafts)
+        return State(self.target.new_kv_cache(capacity), drafter, size)
 
     def columns(self, capacity: int) -> int:
         """Return a lone sequence's columns; sequences that run together have the largest number."""
@@ -141,7 +144,8 @@ class MlxBackend(BaseBackend):
         return DeviceReport(
             facts=device_facts(),
             available_bytes=available_bytes(),
-            weights_bytes=self.weights_bytes,
+            weights_bytes=(weights := self.weights_bytes),
+            others_bytes=max(MEMORY.nbytes - weights, 0),
             batches=self.target.batches,
             kernels=metal_kernels.VERDICTS,
             messages=metal_kernels.MESSAGES,
@@ -159,7 +163,7 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     if not config.force and (limit := memory_limit()) is not None:
         drafts = () if drafter is None else drafter.glob("*.safetensors")
         files = {*target.glob("model*.safetensors"), *drafts}  # the drafter may be in it
-        refuse_size(files, limit)
+        refuse_size(files, limit, MEMORY.nbytes)
     dtype = getattr(mx, config.dtype) if config.dtype else (mx.float32 if on_cpu else None)
     adapter = Path(config.adapter) if config.adapter else None
     model = Target(target, dtype, config.kv_bits, adapter)
@@ -185,10 +189,11 @@ def load(target: Path, drafter: Path | None, config: LoadConfig) -> MlxBackend:
     choose_shares(prompts)
     window = config.draft_window or DRAFT_WINDOW
     backend = MlxBackend(model, drafter_model, head, draft_window=window)
+    MEMORY.add_model(backend, backend.weights_bytes)
     check_pair(backend, (target, drafter, adapter), config)
     warn_of_size(backend.weights_bytes)
     if config.wired:
-        wire_memory(backend.weights_bytes)
+        wire_memory(MEMORY.models_nbytes)
     if not on_cpu:  # a CPU would compute while it should build the rest of the pass
         model.hooks.submit_early([model.layers[i] for i in submitted_layers(len(model.layers))])
         warm_up(backend)

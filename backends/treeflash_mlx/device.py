@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from treeflash.config import GIB
 from treeflash.decoding.interfaces import SAFE_SHARE
-from treeflash.errors import BackendError, ConfigError
+from treeflash.errors import BackendError, ConfigError, MemoryShortError
 from treeflash_mlx import TF32_MAY_BE_ON
 from treeflash_mlx.metal_kernels import UNTRIED, runs_matrix_kernels
 
@@ -77,7 +77,7 @@ def limit_cache() -> None:
 
 
 def wire_memory(weights: int) -> None:
-    """Keep the `weights` (bytes) and the states of sequences in memory, whatever others need.
+    """Keep all `weights` (bytes) and the states of sequences in memory, whatever others need.
 
     macOS has crashed where this limit was high, so it is as low as possible and taken back when
     the process ends.
@@ -87,12 +87,18 @@ def wire_memory(weights: int) -> None:
         atexit.register(mx.set_wired_limit, previous)
 
 
-def refuse_size(files: Collection[Path], limit: int) -> None:
+def refuse_size(files: Collection[Path], limit: int, taken: int) -> None:
     """Raise a ConfigError if the files of models have more than `limit` bytes.
 
-    Loading them would make macOS swap for minutes, and then fail.
+    Loading them would make macOS swap for minutes, and then fail. A MemoryShortError is raised if
+    other models and their sequences have `taken` too many of these bytes.
     """
     size = sum(file.stat().st_size for file in files)
+    if limit - taken < size <= limit:
+        raise MemoryShortError(
+            f"the models' files have {size / GIB:.1f} GiB, and other models leave "
+            f"{max(limit - taken, 0) / GIB:.1f} GiB of this GPU's memory"
+        )
     if size > limit:
         raise ConfigError(
             f"the models' files have {size / GIB:.1f} GiB, and this GPU has "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ from treeflash.decoding.backend_base import BaseState, Unprojected, rows_of, wit
 from treeflash.decoding.interfaces import StateArrays
 from treeflash_mlx.cache import KVCache, PassWrites, by_numbers, from_host, to_host
 from treeflash_mlx.hybrid import RecurrentStates, state_arrays
+from treeflash_mlx.memory import MEMORY
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,19 +39,26 @@ class State(BaseState[KVCache, RecurrentStates]):
         kv_cache: the target's, with the states of its recurrent layers.
         context: a `ContextPart` of n positions each, (n, hidden_size) if it is projected.
         ahead: the pass that may follow the latest one, if that had a single node.
+        size: returns the bytes of a state for a number of positions.
     """
 
-    def __init__(self, kv_cache: KVCache, drafter: KVCache | None) -> None:
+    def __init__(
+        self, kv_cache: KVCache, drafter: KVCache | None, size: Callable[[int], int]
+    ) -> None:
+        """Take the memory of the sequence; raises what `SharedMemory.check` does."""
         initial = kv_cache.initial_states() if kv_cache.state_counts else None
         super().__init__(kv_cache, drafter, initial)
         self.ahead: Ahead | None = None
+        self.size = size
+        MEMORY.add_sequence(self, size(kv_cache.capacity))
 
     def copy(self, length: int, capacity: int, recurrent: RecurrentStates | None) -> State:
+        MEMORY.check(self.size(capacity))
         drafter = None
         if self.drafter:
             block = self.drafter.capacity - self.kv_cache.capacity
             drafter = self.drafter.copy(length, capacity + block)
-        new = State(self.kv_cache.copy(length, capacity, recurrent), drafter)
+        new = State(self.kv_cache.copy(length, capacity, recurrent), drafter, self.size)
         if self.drafter:
             new.context = [with_rows(x, mx.contiguous) for x in self.context_before(length)]
             mx.eval(new.context_arrays())
@@ -103,6 +112,7 @@ class State(BaseState[KVCache, RecurrentStates]):
     def close(self) -> None:
         super().close()
         self.ahead = None
+        MEMORY.drop_sequence(self)
 
     def read_recurrent_states(self) -> list[NDArray[np.float32]]:
         return self.kv_cache.read_states()

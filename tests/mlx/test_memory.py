@@ -10,6 +10,7 @@ from treeflash.decoding import Request, Scheduler, SchedulerConfig
 from treeflash.decoding.interfaces import Verify
 from treeflash.decoding.sampling import SamplingParams
 from treeflash.decoding.tree import DraftTree
+from treeflash.errors import ConfigError, MemoryInUseError, MemoryShortError
 from treeflash.testing import require
 from treeflash.testing.models import write_pair, write_target
 
@@ -18,6 +19,8 @@ require("mlx_lm")
 import mlx.core as mx
 from treeflash_mlx.backend import load
 from treeflash_mlx.cache import BatchStorage, KVCache, share_storage
+from treeflash_mlx.device import refuse_size
+from treeflash_mlx.memory import MEMORY
 from treeflash_mlx.state import State
 
 
@@ -49,6 +52,58 @@ def test_memory_that_is_admitted_is_memory_that_is_taken(tmp_path, long_tokens, 
     # A move holds one layer twice, and a pass has its own arrays.
     assert mx.get_peak_memory() - before < scheduler.config.max_bytes + sum(each) / 4
     scheduler.close()
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """Two models on a GPU that has room for them and for one and a half sequences of `length`."""
+    for i in range(2):
+        write_target(tmp_path / f"{i}", "qwen3", seed=i, vocab_size=40, max_positions=1 << 15)
+    before = MEMORY.nbytes  # of other tests
+    loaded = [load(tmp_path / f"{i}", None, LoadConfig(dtype="float32")) for i in range(2)]
+    size = loaded[0].state_nbytes(1000, drafts=False)
+    models = before + sum(backend.weights_bytes for backend in loaded)
+    monkeypatch.setattr(MEMORY, "limit", lambda: models + 3 * size // 2)
+    return loaded
+
+
+def test_models_share_the_memory_of_a_gpu(models, monkeypatch):
+    first, second = models
+    running = first.open(1000, drafts=False)
+    for open_another in (second.open, first.open):
+        with pytest.raises(MemoryInUseError, match=r"no room for another .* until a sequence ends"):
+            open_another(1000, drafts=False)
+    with pytest.raises(MemoryInUseError):
+        running.fork(0, 1000)
+    running.fork(0, 8).close()
+    with pytest.raises(MemoryShortError, match="shorten the prompt"):
+        first.open(2000, drafts=False)
+    running.close()
+    other = second.open(1000, drafts=False)
+    monkeypatch.setattr(MEMORY, "limit", lambda: 1)  # they were loaded with `force`
+    assert first.open(1000, drafts=False)
+    assert first.device_report().others_bytes >= second.weights_bytes + 1000
+    assert other.length == 0
+
+
+def test_a_text_that_does_not_fit_is_refused(models):
+    """Whoever asks, and before it is allocated."""
+    config = DecodeConfig(method="ar", max_tokens=2000)
+    scheduler = Scheduler(models[0])
+    scheduler.submit(Request(prompt_ids=[5], config=config))
+    ((_, error),) = scheduler.step()
+    assert isinstance(error, MemoryShortError)
+
+
+def test_a_model_beside_others_is_refused_for_their_memory(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(100))
+    refuse_size([file], 200, taken=100)
+    with pytest.raises(MemoryShortError, match=r"other models leave 0\.0 GiB"):
+        refuse_size([file], 200, taken=101)
+    with pytest.raises(ConfigError, match="use a conversion in fewer bits") as refused:
+        refuse_size([file], 99, taken=101)
+    assert not isinstance(refused.value, MemoryShortError)
 
 
 def test_padding_is_admitted_too(tmp_path):

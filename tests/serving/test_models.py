@@ -268,7 +268,18 @@ def test_the_least_recently_used_model_leaves(serve_models, loads, alone, limit)
     assert counted(server, "model_load_failures_total").total() == 0
 
 
-def test_memory_that_runs_out_amid_an_answer(serve_models, alone):
+@pytest.mark.parametrize(
+    ("short", "says"),
+    [
+        (MemoryError("out of memory"), "device is out of memory; send"),
+        (
+            RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory"),
+            "the GPU ran out of memory in work that was under way; shorten the prompt",
+        ),
+    ],
+    ids=["at once", "late"],
+)
+def test_memory_that_runs_out_amid_an_answer(serve_models, alone, short, says):
     """Its client is told to try again, an idle model leaves for it, and others go on."""
     server = serve_models()
     for name in ("two", "org/three", "One"):
@@ -277,9 +288,8 @@ def test_memory_that_runs_out_amid_an_answer(serve_models, alone):
     with ThreadPoolExecutor(1) as clients:
         running = clients.submit(server.post, CHAT, question("org/three") | long)
         wait_until(lambda: other.unfinished)
-        verifier, short = server.engine.model.backend.verifier, MemoryError("out of memory")
-        with failing(verifier, "run", short, call=1):
-            check_error(server.post(CHAT, question("One")), 503, "device is out of memory; send")
+        with failing(server.engine.model.backend.verifier, "run", short, call=1):
+            check_error(server.post(CHAT, question("One")), 503, says)
         wait_until(lambda: in_memory(server) == {"One", "org/three"})
         assert running.result().status_code == 200
     assert text_of(server.post(CHAT, question("One"))) == answer_of(alone["One"])

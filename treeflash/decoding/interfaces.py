@@ -400,6 +400,7 @@ class DeviceReport:
     facts: Mapping[str, str] = field(default_factory=dict)  # about the machine, by name
     available_bytes: int | None = None  # memory that models and states may take; None if unknown
     weights_bytes: int = 0  # memory that the loaded models take
+    others_bytes: int = 0  # memory that other models of the process and all sequences take
     reserved_bytes: int | None = None  # memory that is set aside for states; None if none is
     batches: bool = True  # whether sequences share forward passes
     # Whether each kernel of the backend is used, and why, by kernel and size. What is said of a
@@ -410,12 +411,13 @@ class DeviceReport:
 
     @property
     def free_bytes(self) -> int | None:
-        """Memory that the models leave free for states; None if unknown."""
+        """Memory that is free for the states of the loaded models; None if unknown."""
         if self.reserved_bytes is not None:
             return self.reserved_bytes
         if self.available_bytes is None:
             return None
-        return max(int(SAFE_SHARE * self.available_bytes) - self.weights_bytes, 0)
+        taken = self.weights_bytes + self.others_bytes
+        return max(int(SAFE_SHARE * self.available_bytes) - taken, 0)
 
 
 SAFE_SHARE = 0.9

@@ -24,9 +24,9 @@ from treeflash.decoding.request import Request, check
 from treeflash.decoding.suffix import SuffixCache, SuffixIndex
 from treeflash.errors import (
     ConfigError,
-    DeviceError,
     MemoryInUseError,
     PromptError,
+    device_error,
     is_of_earlier_work,
     is_out_of_memory,
 )
@@ -309,7 +309,7 @@ class Scheduler:
                 raise
             for sequence in list(self.sequences):
                 if sequence.pending is not None:
-                    sequence.fail(DeviceError(error))
+                    sequence.fail(device_error(error))
                 events += ((sequence.request, event) for event in sequence.events)
                 self._end(sequence)
             self._drop_restoration()

@@ -18,6 +18,7 @@ from treeflash.errors import (
     ConfigError,
     ContextLengthError,
     DeviceError,
+    DeviceMemoryError,
     PromptError,
     TreeflashError,
     is_out_of_memory,
@@ -148,10 +149,11 @@ def api_error(error: Exception) -> APIError:
         return bad_request(str(error), None)
     if isinstance(error, TimeoutError):
         return APIError(504, "the answer took longer than this server allows", code="timeout")
+    if isinstance(error, DeviceError):
+        code = "memory" if isinstance(error, DeviceMemoryError) else "gpu"
+        return APIError(503, str(error), code=code)
     if is_out_of_memory(error):
         return APIError(503, "the device is out of memory; send the request again", code="memory")
-    if isinstance(error, DeviceError):
-        return APIError(503, str(error), code="gpu")
     if isinstance(error, TreeflashError):
         return APIError(500, str(error))
     logger.error("a request failed", exc_info=error)

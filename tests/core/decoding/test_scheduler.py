@@ -26,7 +26,14 @@ from treeflash.decoding.interfaces import Prefill
 from treeflash.decoding.prefix_cache import PrefixCache
 from treeflash.decoding.scheduler_thread import SchedulerThread
 from treeflash.decoding.turns import Turns
-from treeflash.errors import ConfigError, DeviceError, MemoryInUseError, PromptError
+from treeflash.errors import (
+    ConfigError,
+    DeviceError,
+    DeviceMemoryError,
+    MemoryInUseError,
+    PromptError,
+    is_out_of_memory,
+)
 from treeflash.reference.backend import load
 from treeflash.reference.verifier import State
 from treeflash.testing.comparisons import generate
@@ -241,9 +248,16 @@ def test_memory_that_runs_out_on_metal_ends_one_sequence(backend, message):
     assert found[good] == generate(backend, [5, 6], config_of())
 
 
-def test_an_error_of_earlier_work_ends_all_sequences_that_run(backend):
+@pytest.mark.parametrize(
+    ("reason", "kind", "says"),
+    [
+        ("Internal Error", DeviceError, "the GPU failed in work that was under way; try again"),
+        ("Insufficient Memory", DeviceMemoryError, "the GPU ran out of memory in work that was"),
+    ],
+)
+def test_an_error_of_earlier_work_ends_all_sequences_that_run(backend, reason, kind, says):
     """It belongs to no call, so every state is forgotten. A request that waits starts later."""
-    message = "[METAL] Command buffer execution failed: Insufficient Memory"
+    message = f"[METAL] Command buffer execution failed: {reason}"
     cache = PrefixCache(10**9)
     scheduler = Scheduler(backend, SchedulerConfig(max_parallel=2), prefix_cache=cache)
     answer(scheduler, [5, 6])
@@ -254,8 +268,10 @@ def test_an_error_of_earlier_work_ends_all_sequences_that_run(backend):
         events = dict(scheduler.step())
     assert list(events) == started
     for error in events.values():
-        assert isinstance(error, DeviceError)
-        assert str(error) == f"the GPU failed in work that was under way; try again ({message})"
+        assert type(error) is kind
+        assert is_out_of_memory(error) == (kind is DeviceMemoryError)
+        assert str(error).startswith(says)
+        assert str(error).endswith(f" ({message})")
     assert len(cache) == 0
     assert finish(scheduler) == {waiting: generate(backend, [30], config_of())}
 
