@@ -132,7 +132,25 @@ def load_model(folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None) 
         # mlx-lm lists missing parameters over many lines.
         reason = shorten(str(error) or type(error).__name__, 300)
         raise CheckpointError(f"mlx-lm cannot load {folder}: {reason}") from error
+    _refuse_missing_scales(folder, model)
     return model
+
+
+SCALES = "scales", "weight_scale"
+"""Names of the scales of quantised weights in mlx-lm's models."""
+
+
+def _refuse_missing_scales(folder: Path, model: nn.Module) -> None:
+    """Raise a CheckpointError for weights of integers or FP8 that mlx-lm took for numbers."""
+    parameters = dict(tree_flatten(model.parameters()))
+    for name, x in parameters.items():
+        layer, _, part = name.rpartition(".")
+        has_scales = any(f"{layer}.{scales}" in parameters for scales in SCALES)
+        if part == "weight" and not has_scales and not mx.issubdtype(x.dtype, mx.floating):
+            raise CheckpointError(
+                f"{folder} has quantised weights without the scales that MLX reads, such as "
+                f"{name}; use a conversion for MLX, or the original model"
+            )
 
 
 def has_own_head(folder: Path, config: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from treeflash.config import LoadConfig
 from treeflash.decoding.probe import relative_difference
 from treeflash.decoding.session import SequenceSession
 from treeflash.drafters.folder import read_config
-from treeflash.errors import ConfigError, UnsupportedModelError
+from treeflash.errors import CheckpointError, ConfigError, UnsupportedModelError
 from treeflash.testing import require
 from treeflash.testing.comparisons import random_tokens, random_tree
 
@@ -44,6 +44,17 @@ def test_attention_that_cannot_read_quantised_keys_is_refused(families, tmp_path
     families.write(tmp_path, "plamo2")
     with pytest.raises(ConfigError, match=r"^kv_bits is not supported for plamo2 models"):
         load(tmp_path, None, LoadConfig(kv_bits=8))
+
+
+@pytest.mark.parametrize("dtype", [mx.int8, mx.uint8])  # FP8 has no type of its own in MLX
+def test_integers_are_not_read_as_weights(families, tmp_path, dtype):
+    families.write(tmp_path, "qwen3")
+    file = str(tmp_path / "model.safetensors")
+    weights = mx.load(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    mx.save_safetensors(file, {**weights, name: weights[name].astype(dtype)}, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"without the scales that MLX reads, such as {name}"):
+        load(tmp_path, None, LoadConfig())
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
