@@ -34,6 +34,9 @@ from treeflash_cuda.visible_keys import SharedWork, VisibleKeys, equal_work, pag
 
 MAX_CONTEXT = 64
 """More new positions for each sequence, as after prompts, run without a graph."""
+MAX_READ = 2048
+"""More new positions of a sequence, as after long prompts, are read some at a time: all of them at
+once would take more memory than is left beside keys and values."""
 
 
 class OutputStage(output_stage.OutputStage):
@@ -263,6 +266,7 @@ class Drafter:
     def __init__(self, model: DrafterModel, target: Target, window: int | None = None) -> None:
         self.model = model
         self.window = window  # positions that a block sees besides the first few; None for all
+        self.max_read = MAX_READ
         self.target = target
         self.output = OutputStage(model, target)  # embeds tokens, and computes logits
         # The first positions are outside of the windows of a layer, but not of the draft's window.
@@ -277,6 +281,9 @@ class Drafter:
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
         """Draft for all sequences of a slab in one pass: their rows follow one another."""
         project_contexts([state for state, _ in roots], self.model.project, torch.cat)
+        if self.model.calls is None:  # they take no memory for each row
+            for state, _ in roots:
+                self._read_ahead(state)
         passes: dict[Slab | None, list[int]] = {}
         for i, (state, _) in enumerate(roots):
             slab = state.drafter.allocate() if self._has_slab_pass else None
@@ -289,6 +296,25 @@ class Drafter:
                 blocks[i] = Block(roots[i][1], slots[:depths], slots, token[None])
         note_drafted(state for state, _ in roots)
         return [blocks[i] for i in range(len(roots))]
+
+    def _read_ahead(self, state: State) -> None:
+        """Write the keys and values of all but the last `max_read` new positions.
+
+        They depend on the features of their positions alone.
+        """
+        cache = state.drafter
+        assert cache is not None
+        while (end := cache.length + self.max_read) < state.length:
+            context = concatenate(state.context_before(end))
+            positions = torch.arange(cache.length, end, device=context.device)
+            rotation, written = self.model.rotary(positions, context.dtype), None
+            for n, layer in enumerate(self.model.layers):
+                keys, values = layer.self_attn.keys_and_values(context[None], rotation)
+                if written is None:
+                    written = WrittenRows([(cache, cache.length, len(context))], keys)
+                written.write(n, keys[0], values[0])
+            rest = state.context_before(state.length, end)
+            cache.length, state.context = end, rest
 
     def _draft(
         self, roots: Sequence[tuple[State, int]], slab: Slab | None
