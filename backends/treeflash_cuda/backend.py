@@ -63,6 +63,7 @@ from treeflash_cuda.memory import (
     STATES_EACH,
     TABLE,
     WRAPPED_MEMORY_SHARE,
+    make_tables,
     new_drafter_arena,
     pass_nbytes,
     reserve_memory,
@@ -121,8 +122,12 @@ class CudaBackend(BaseBackend):
             self.drafter = (ParallelDrafter if parallel else MtpDrafter)(drafter_model, target)
         elif drafter_model is not None:
             self.drafter = Drafter(drafter_model, target, draft_window)
+        # What makes the tables of most drafts: the head, or a block drafter without one.
+        self.table_maker: Head | Drafter | None = head
+        if head is None and isinstance(self.drafter, Drafter):
+            self.table_maker = self.drafter
         if target.device.type == "cuda":
-            passes = GRAPH_FACTOR * max(pass_nbytes(target), table_nbytes(head, target))
+            passes = GRAPH_FACTOR * max(pass_nbytes(target), table_nbytes(self.table_maker, target))
             reserve_memory(target, self.drafter_arena, passes, memory_share, memory_gb)
         if target.split:
             reserve_everywhere(target.arena)
@@ -153,6 +158,19 @@ class CudaBackend(BaseBackend):
     def columns(self, capacity: int) -> int:
         arena = self.target.arena
         return arena.page * arena.pages_of(capacity)
+
+    def state_nbytes(self, capacity: int, *, drafts: bool) -> int:
+        """Return the size of a sequence's memory, bytes; see `BaseBackend.state_nbytes`.
+
+        Where memory is set aside, target and drafter have equally many positions of it. So the
+        target counts the rows of a draft, which only the drafter has, too.
+        """
+        nbytes = super().state_nbytes(capacity, drafts=drafts)
+        config = self.drafter_config if drafts else None
+        if config is not None and self.target.arena.reserved_nbytes is not None:
+            more = self.columns(capacity + config.scratch_rows) - self.columns(capacity)
+            nbytes += more * self.target.column_nbytes
+        return nbytes
 
     @property
     def weights_bytes(self) -> int:
@@ -198,6 +216,7 @@ class CudaBackend(BaseBackend):
             checked = one_of_each_kind(self.target.devices)
             facts["kernels are checked on"] = ", ".join(map(str, checked))
         arenas = [self.target.arena, *([self.drafter_arena] if self.drafter_arena else [])]
+        reserved = [x.reserved_nbytes for x in arenas if x.reserved_nbytes is not None]
         kernels: dict[str, dict[str, str]] = {}
         for size, operations in self._operations().items():
             for name, verdict in operations.verdicts.items():
@@ -206,7 +225,7 @@ class CudaBackend(BaseBackend):
             facts=facts,
             available_bytes=torch.cuda.mem_get_info(device)[1],
             weights_bytes=self.weights_bytes,
-            reserved_bytes=sum(arena.reserved_nbytes or 0 for arena in arenas) or None,
+            reserved_bytes=sum(reserved) if reserved else None,
             kernels=kernels | {"CUDA graphs": self.target.graphs.verdicts},
         )
 
@@ -262,13 +281,13 @@ class CudaBackend(BaseBackend):
                 for tokens in NEW_TOKENS:
                     self.verifier.run([Prefill(state, [0] * tokens, None) for state in states])
                     blocks = self.drafter.draft([(state, 0) for state in states])
-                if self.head is not None:
+                if (maker := self.table_maker) is not None:
                     first: Any = blocks[0]
                     depths = first.depths if isinstance(first, MtpBlock) else len(first.hidden)
                     after = np.arange(1, depths + 1, dtype=np.int32)
                     sampled = [(SamplingConfig(temperature=1.0), after)] * count
                     for noise in (None, Noise.from_positions(sampled)):
-                        self.head.transitions(blocks, replace(TABLE, noise=noise))
+                        make_tables(maker, blocks, replace(TABLE, noise=noise))
             count //= 2
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from treeflash.config import GIB, DecodeConfig
+from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.logit_tables import table_options
 from treeflash.decoding.sampling import Noise
+from treeflash.decoding.transitions import TransitionTable
 from treeflash.errors import MemoryShortError, UnsupportedModelError
 from treeflash_cuda.cache import Arena
-from treeflash_cuda.drafter import Block
+from treeflash_cuda.drafter import Block, Drafter
 from treeflash_cuda.drafter_loading import Head, Model
 from treeflash_cuda.gpu.graphs import MAX_ROWS
 from treeflash_cuda.gpu.row_pass import RowTarget
@@ -114,16 +118,25 @@ def pass_nbytes(target: Target) -> int:
     return torch.cuda.max_memory_allocated(target.device) - before
 
 
+def make_tables(
+    maker: Head | Drafter, blocks: Sequence[Any], options: TableOptions
+) -> Sequence[TransitionTable]:
+    """Let a head make the tables of blocks, or a drafter without one."""
+    if isinstance(maker, Drafter):
+        return maker.marginals(blocks, options)
+    return maker.transitions(blocks, options)
+
+
 @torch.inference_mode()
-def table_nbytes(head: Head | None, target: Target) -> int:
-    """Return the memory that a head's tables of many sampled texts take, bytes; 0 without one.
+def table_nbytes(maker: Head | Drafter | None, target: Target) -> int:
+    """Return the memory that the tables of many sampled texts take, bytes; 0 without a maker.
 
     A head that drafts depth by depth computes no more than a pass of the target. The peak that
     PyTorch counts for the process begins anew.
     """
-    if head is None or isinstance(head, MtpHead):
+    if maker is None or isinstance(maker, MtpHead):
         return 0
-    config = head.output.config
+    config = maker.output.config
     outputs = torch.zeros(
         config.depths, config.hidden_size, dtype=target.dtype, device=target.device
     )
@@ -133,5 +146,5 @@ def table_nbytes(head: Head | None, target: Target) -> int:
     torch.cuda.reset_peak_memory_stats(target.device)
     before = torch.cuda.memory_allocated(target.device)
     with target.graphs.paused():
-        head.transitions([block] * MEASURED_TEXTS, replace(TABLE, noise=noise))
+        make_tables(maker, [block] * MEASURED_TEXTS, replace(TABLE, noise=noise))
     return torch.cuda.max_memory_allocated(target.device) - before

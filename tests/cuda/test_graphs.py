@@ -620,6 +620,20 @@ def test_what_is_warm_captures_nothing_later(backend):
     assert len(graphs.keys - warm) <= 1  # a draft after long prompts
 
 
+def test_tables_of_a_drafter_without_a_head_are_warm_too(tmp_path, monkeypatch):
+    pair = write_pair(tmp_path, "qwen3", drafter={"format": "dflash"})
+    backend = load_with_parts(monkeypatch, *pair)
+    backend.warm_up(4)
+    names = [name for name, *_ in backend.target.graphs.keys]
+    assert names.count("marginals") == 3 * 2  # 1, 2 and 4 texts; noise
+    before = set(backend.target.graphs.keys)
+    config = DecodeConfig(
+        method="ddtree", budget=8, max_tokens=6, sampling=SamplingConfig(temperature=0.7)
+    )
+    steps_of(backend, [3, 4, 5], config)
+    assert not [key for key in backend.target.graphs.keys - before if key[0] == "marginals"]
+
+
 def test_iterations_that_capture_a_graph_are_not_measured(backend):
     numbers, config = count(), DecodeConfig(budget="auto", max_tokens=6)
 

@@ -268,6 +268,37 @@ def test_memory_is_set_aside_beside_the_largest_pass(
     assert abs(columns[0] - columns[1]) <= 1
 
 
+def test_memory_of_which_nothing_is_left_is_not_unknown(folders, see_memory, monkeypatch):
+    backend = load_with_parts(monkeypatch, *folders)
+    stand_in(monkeypatch, backend.target, threads=None)  # as on a GPU
+    see_memory(GIB, 24 * GIB)
+    assert backend.device_report().reserved_bytes is None
+    memory.reserve_memory(backend.target, backend.drafter_arena, GIB, 0.85)
+    report = backend.device_report()
+    assert (report.reserved_bytes, report.free_bytes) == (0, 0)
+
+
+def test_a_sequence_that_fits_by_its_size_can_be_opened(folders, see_memory, monkeypatch):
+    """The rows of a draft may need a page more than the target does."""
+    backend = load_with_parts(monkeypatch, *folders)
+    arenas = backend.target.arena, backend.drafter_arena
+    page, block = PAGE, backend.drafter_config.scratch_rows
+    for arena in arenas:
+        arena.page = page
+    each = sum(arena.column_nbytes for arena in arenas)
+    see_memory(5 * page * each, 24 * GIB)
+    memory.reserve_memory(backend.target, backend.drafter_arena, 0, 1.0)
+    total = sum(arena.reserved_nbytes for arena in arenas)
+    fitting = [
+        capacity
+        for capacity in range(5 * page + 2)
+        if backend.state_nbytes(capacity, drafts=True) <= total
+    ]
+    assert max(fitting) == 5 * page - block
+    for capacity in fitting[-block:]:
+        backend.open(capacity, drafts=True).close()
+
+
 @pytest.mark.parametrize(("free", "positions"), [((8, 24), 4), ((24, 2), 2)])
 def test_the_gpu_with_the_least_room_decides(folders, see_memory, free, positions):
     """It has a part of the layers, and the first one has the drafter too."""

@@ -25,7 +25,7 @@ from stand_ins import stand_in
 from treeflash.config import GIB, DecodeConfig
 from treeflash.decoding.interfaces import DeviceReport
 from treeflash.decoding.loop import Step
-from treeflash.errors import CheckpointError, ConfigError, NumericalError
+from treeflash.errors import CheckpointError, ConfigError, MemoryShortError, NumericalError
 from treeflash.serving import application
 from treeflash.serving.engine import AnswerUpdate, Completion, Engine
 from treeflash.serving.models import ModelPool, ModelSpec
@@ -335,6 +335,9 @@ def test_memory_is_sized_from_the_device(model, caplog):
     assert Settings().memory(2**29, 2**29) == (2**29, 2**28)
     assert Settings(max_memory_gb=9, prefix_cache_gb=8).memory(2**31, 2**31) == (2**31, 2**31)
     assert Settings(max_memory_gb=1).memory(2**31, 2**31) == (GIB, GIB // 2)
+    for limit in (None, 1):
+        with pytest.raises(MemoryShortError, match=r"smaller target or one in fewer bits$"):
+            Settings(max_memory_gb=limit).memory(0, 0)
     assert DeviceReport(available_bytes=9 * GIB, reserved_bytes=GIB).free_bytes == GIB
     report = DeviceReport(
         available_bytes=10 * GIB,

@@ -133,18 +133,18 @@ class Settings:
                 allocates what is needed.
 
         Raises:
-            MemoryShortError: the models leave nothing, and no limit was given.
+            MemoryShortError: the models leave nothing.
         """
         limit = MAX_MEMORY_GB * GIB if free is None else free
         if self.max_memory_gb is not None:
             limit = int(self.max_memory_gb * GIB)
-        elif limit == 0:
-            raise MemoryShortError(
-                "the models leave the device no memory for KV caches; use a smaller target or one "
-                "in fewer bits, or set a limit with --max-memory-gb"
-            )
         if reserved is not None:
             limit = reserved if self.max_memory_gb is None else min(limit, reserved)
+        if limit == 0 and (reserved == 0 or self.max_memory_gb is None):
+            raise MemoryShortError(
+                "the models leave the device no memory for KV caches; use a smaller target or one "
+                f"in fewer bits{'' if reserved == 0 else ', or set a limit with --max-memory-gb'}"
+            )
         cache = self.prefix_cache_gb
         return limit, limit // 2 if cache is None else min(int(cache * GIB), limit)
 
