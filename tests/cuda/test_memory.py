@@ -286,7 +286,7 @@ def test_a_sequence_that_fits_by_its_size_can_be_opened(folders, see_memory, mon
     for arena in arenas:
         arena.page = page
     each = sum(arena.column_nbytes for arena in arenas)
-    see_memory(5 * page * each, 24 * GIB)
+    see_memory(11 * page * each // 2, 24 * GIB)
     memory.reserve_memory(backend.target, backend.drafter_arena, 0, 1.0)
     total = sum(arena.reserved_nbytes for arena in arenas)
     fitting = [
