@@ -51,6 +51,7 @@ from treeflash_cuda.gpu.parallel import (
     LeaderVerifier,
     end,
     follow,
+    messages,
     process_count,
     reserve_everywhere,
     succeeded_everywhere,
@@ -356,6 +357,7 @@ def load_pair(target: Path, drafter: Path | None, config: LoadConfig) -> CudaBac
     # A graph belongs to one device.
     model.graphs.enabled = config.cuda_graphs and config.device_map is None
     if split:
+        messages.connect()
         model.graphs.agreements[PASS_NAME] = succeeded_everywhere
         if dist.get_rank() > 0:
             follow(model)

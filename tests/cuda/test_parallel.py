@@ -122,6 +122,15 @@ atexit.register(lambda: path.write_text(json.dumps(captured)))
 """
 
 
+IDLE = """
+import time
+from datetime import timedelta
+import torch.distributed as dist
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=15))  # transformers has hours
+"""
+
+
 LAUNCHER = sys.executable, "-m", "torch.distributed.run"
 
 
@@ -180,6 +189,15 @@ def test_two_processes_give_the_tokens_of_one(tmp_path, machines):
         assert captured == other
         assert [succeeded for _, succeeded in captured].count(False) == 1
         assert len(captured) > len({str(sizes) for sizes, _ in captured}) > 2
+
+
+@pytest.mark.nightly
+def test_ranks_wait_for_a_message_longer_than_for_each_other(tmp_path):
+    """As in a server that has no requests overnight."""
+    script = IDLE + SCRIPT.replace("backend.open(50,", "time.sleep(20)\nbackend.open(50,")
+    written, codes, printed = start(tmp_path, script, ("--standalone", "--nproc-per-node", "2"))
+    assert codes == [0], printed[-3000:]
+    assert json.loads(written.read_text()) == tokens_of_one_process(tmp_path)
 
 
 def test_a_follower_that_fails_ends_its_process(monkeypatch, capsys):

@@ -19,6 +19,8 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from treeflash_cuda.state import State
 from treeflash_cuda.target import Rows, RowsResult, Target
 from treeflash_cuda.verifier import Path, Verifier
 
+MAX_IDLE = timedelta(days=365)
 RELEASE_S = 0.5
 """Time for the threads of a process group to release the last message, seconds."""
 
@@ -42,10 +45,29 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+@dataclass
+class Messages:
+    """The group of processes that messages take; the default one until all ranks `connect`.
+
+    A rank waits for the next message for as long as a server is idle. In the default group it would
+    give up after some hours, and with NCCL keep its GPU busy meanwhile.
+    """
+
+    group: Any = None
+
+    def connect(self) -> None:
+        """Make a group on the CPU whose messages may take any time; all ranks call it."""
+        self.group = dist.new_group(backend="gloo", timeout=MAX_IDLE)
+
+
+messages = Messages()
+"""What brings this process messages, or takes them from it."""
+
+
 def broadcast(message: Any = None) -> Any:
     """Broadcast a message from rank 0 to all ranks; the others call it without one, and get it."""
     box = [message]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=messages.group)
     return box[0]
 
 
