@@ -11,8 +11,10 @@ from tool_models import tool_model
 
 from treeflash.config import DecodeConfig
 from treeflash.decoding.loop import Step
+from treeflash.serving.call_grammar import call_grammar
 from treeflash.serving.message_parser import MessageForm, MessageParser, ResponseTemplate
 from treeflash.serving.response_templates import QWEN3_5
+from treeflash.serving.schemas import AllowedTools
 from treeflash.text.json_schema import MOST_PARTS, SchemaReader
 from treeflash.text.stream import Assembler
 
@@ -93,7 +95,7 @@ def test_arguments_follow_their_schema(server, free):
 @pytest.mark.parametrize(("texts", "values"), RIGHT)
 def test_texts_become_values_of_the_types_that_references_name(server, texts, values):
     tokenizer = server.engine.model.tokenizer
-    form = MessageForm(ResponseTemplate(QWEN3_5), START, [tool("paint", PAINT)])
+    form = MessageForm.of(ResponseTemplate(QWEN3_5), START, [tool("paint", PAINT)])
     parser = MessageParser(form, tokenizer)
     assembler = Assembler(None, tokenizer, (1,), DecodeConfig())
     step = Step(tuple(tokenizer.encode(call(**texts))), finish_reason="stop")
@@ -106,7 +108,7 @@ def test_other_arguments_are_free_where_the_schema_allows_them(server):
         "any": None,
         "all": {"type": "object"},
         "more": {"type": "object", "properties": {"a": True}, "additionalProperties": True},
-        "named": {"type": "object", "properties": {}, "required": ["b"]},
+        "named": {"type": "object", "properties": {"a": True}, "required": ["b"]},
     }
     tools = [tool(name, schema) for name, schema in schemas.items()]
     answer = submitted(server, *chat(tools=tools, tool_choice="required"))
@@ -114,11 +116,15 @@ def test_other_arguments_are_free_where_the_schema_allows_them(server):
         assert answer.accepts(call(name))
         assert answer.accepts(call(name, a="x", c="y"))
     assert answer.accepts(call("named", b="x"))
+    assert answer.accepts(call("named", a="x", b="y"))
     for texts in ({}, {"a": "x"}, {"b": "x", "c": "y"}):
         assert not answer.accepts(call("named", **texts))
 
 
-UNENFORCED = [{"patternProperties": {"a": {}}}, {"allOf": [{}, {}]}, {"anyOf": [{}, {}]}]
+UNENFORCED = [
+    *({"patternProperties": {"a": {}}}, {"allOf": [{}, {}]}, {"anyOf": [{}, {}]}),
+    *({"type": "string"}, {"type": ["object"]}, {"properties": ["a"]}, {"required": "a"}),
+]
 
 
 @pytest.mark.parametrize("schema", UNENFORCED)
@@ -130,6 +136,17 @@ def test_schemas_that_are_not_a_list_of_properties(server, caplog, schema):
     with caplog.at_level("INFO", "treeflash.serving"):
         assert submitted(server, *chat(tools=tools)).accepts("<tool_call>")
     assert "strict is ignored" in caplog.text
+
+
+def test_definitions_are_not_repeated_without_end():
+    """Each value that is JSON has those of its schema."""
+    properties = {f"p{i}": {"type": "integer"} for i in range(400)}
+    for size, enforced in ((100, True), (20_000, False)):
+        definitions = {"Any": {"description": "-" * size}}
+        schema = {"type": "object", "properties": properties, "$defs": definitions}
+        tools = AllowedTools([tool("paint", schema, strict=True)])
+        grammar = call_grammar(ResponseTemplate(QWEN3_5), tools, free=True)
+        assert (grammar is not None) == enforced
 
 
 def nested(depth):

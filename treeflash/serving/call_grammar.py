@@ -40,6 +40,8 @@ TAG = re.compile(rf"(?s)(.*)\(\?P<key>([^()]*)\)(.*?){BLANK}\(\?P<value>\.\*\?\)
 """A pattern of tags: what begins one, the pattern of names, and what is before and after a value
 and the white space around it."""
 REST_OF_TEXT = "(?s:.*)"
+MOST_REPEATED = 2**22
+"""Most characters of definitions in the grammars of all values, each of which has its schema's."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Arguments:
     text: str  # the part of a rule that matches them; empty for none
     rules: Sequence[str] = ()  # rules that it refers to
     entries: Sequence[Mapping[str, Any]] = ()  # grammars that it refers to
+    repeated: int = 0  # characters of schemas that several of the grammars have
 
 
 def call_grammar(template: ResponseTemplate, tools: AllowedTools, *, free: bool) -> Grammar | None:
@@ -82,6 +85,8 @@ def call_grammar(template: ResponseTemplate, tools: AllowedTools, *, free: bool)
                 return None
             named = f"/{escape_slashes(re.escape(name) + after_name[0])}/ /{SPACE}/"
             calls.append(replace(arguments, text=f"{named} {arguments.text}"))
+    if sum(call.repeated for call in calls) > MOST_REPEATED:
+        return None
     return _grammar_of_calls(opening, calls, close, free=free, parallel=tools.parallel)
 
 
@@ -150,21 +155,25 @@ class Tags:
     def arguments(self, name: str, schema: Any) -> Arguments | None:
         """Return the arguments of a function, whose rules begin with `name`.
 
-        None if their schema says more than which properties there are.
+        None if their schema says more than which properties an object has, or is invalid.
         """
         writer = _Writer(self, name, SchemaReader(schema))
-        root, *others = writer.reader.alternatives(schema)
-        if others or root.keys() & {"allOf", "patternProperties"}:
+        root, *more = writer.reader.alternatives(schema)
+        if more or root.keys() & {"allOf", "patternProperties"}:
             return None
-        properties = root.get("properties") or {}
-        required = [key for key in root.get("required") or () if isinstance(key, str)]
+        properties, required = root.get("properties") or {}, root.get("required") or []
+        types = root.get("type", "object")
+        if not isinstance(properties, dict) or not isinstance(required, list) or types != "object":
+            return None
+        others = {key: True for key in required if isinstance(key, str) and key not in properties}
         parts = [
             writer.argument(key, value) + ("" if key in required else "?")
-            for key, value in (dict.fromkeys(required, True) | properties).items()
+            for key, value in (properties | others).items()
         ]
         if root.get("additionalProperties", "properties" not in root) is not False:
             parts.append(writer.any_argument() + "*")
-        return Arguments(" ".join(parts), writer.rules, writer.entries)
+        repeated = len(json.dumps(writer.definitions)) * len(writer.entries)
+        return Arguments(" ".join(parts), writer.rules, writer.entries, repeated)
 
 
 @dataclass
@@ -176,6 +185,12 @@ class _Writer:
     reader: SchemaReader
     rules: list[str] = field(default_factory=list)
     entries: list[Mapping[str, Any]] = field(default_factory=list)
+
+    @property
+    def definitions(self) -> dict[str, Any]:
+        """The part of the schema that references of values need."""
+        root = self.reader.root
+        return {key: root[key] for key in ("$defs", "definitions") if key in root}
 
     def argument(self, key: str, schema: Any) -> str:
         """Add the rule of a parameter; returns its name."""
@@ -206,10 +221,8 @@ class _Writer:
             pattern = escape_slashes("|".join(map(re.escape, texts)))
             choices.append(f"/{SPACE}({pattern})/")
         if others:
-            root = self.reader.root
-            definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
             name = f"{self.name}_value_{len(self.entries)}"
-            value = _json_arguments(name, {"anyOf": others, **definitions})
+            value = _json_arguments(name, {"anyOf": others, **self.definitions})
             self.entries += value.entries
             choices.append(f"/{SPACE}/ {value.text}")
         return f"({' | '.join(choices)}) /{SPACE}{escape_slashes(self.tags.end)}/"

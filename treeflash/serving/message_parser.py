@@ -129,15 +129,27 @@ class MessageForm:
     prompt: str
     """The prompt with special tokens, which may contain the beginning of the message."""
     tools: Sequence[Mapping[str, Any]] = ()
-    """Functions in OpenAI's form, whose schemas give the arguments their types."""
+    """Functions in OpenAI's form, of whose parameters each has its types."""
     calls_only: bool = False
     """Whether a grammar makes the message consist of calls; the last one may be cut off."""
+
+    @classmethod
+    def of(
+        cls,
+        template: ResponseTemplate,
+        prompt: str,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        calls_only: bool = False,
+    ) -> MessageForm:
+        """Make a form with functions of any schemas, which may take seconds to read."""
+        return cls(template, prompt, list(map(_with_types, tools)), calls_only)
 
     def parser(self) -> ResponseParser | None:
         """Return a parser that has read the prompt; None if the prompt has an invalid call."""
         from transformers.utils.chat_parsing import ResponseParser
 
-        source, tools = self.template.source, list(map(_with_types, self.tools))
+        source, tools = self.template.source, list(self.tools)
         try:
             return ResponseParser(source, prefix=self.prompt, tools=tools)
         except INVALID_CALL:  # in the message that the answer continues, for example

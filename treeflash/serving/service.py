@@ -216,9 +216,8 @@ class Conversation:
         if service.response_template is not None:
             assert encoded.text is not None
             tools, calls_only = self.tools.functions, self.tools.must_call
-            form = MessageForm(
-                service.response_template, encoded.text, tools, calls_only=calls_only
-            )
+            make = partial(MessageForm.of, service.response_template, encoded.text, tools)
+            form = await asyncio.to_thread(make, calls_only=calls_only)
         grammar = await asyncio.to_thread(self._enforced_grammar, service, form)
         constraint = None if grammar is None else await service.compile(*grammar)
         if self.thinking_budget is not None and form is not None:
