@@ -165,10 +165,10 @@ class Tags:
         types = root.get("type", "object")
         if not isinstance(properties, dict) or not isinstance(required, list) or types != "object":
             return None
-        others = {key: True for key in required if isinstance(key, str) and key not in properties}
+        needed = dict.fromkeys((key for key in required if isinstance(key, str)), True)
         parts = [
-            writer.argument(key, value) + ("" if key in required else "?")
-            for key, value in (properties | others).items()
+            writer.argument(key, value) + ("" if key in needed else "?")
+            for key, value in (properties | (needed | properties)).items()
         ]
         if root.get("additionalProperties", "properties" not in root) is not False:
             parts.append(writer.any_argument() + "*")
