@@ -15,7 +15,12 @@ from torch import Tensor
 
 from treeflash.config import SINK
 from treeflash.decoding import output_stage
-from treeflash.decoding.backend_base import note_drafted, project_contexts
+from treeflash.decoding.backend_base import (
+    MAX_READ,
+    note_drafted,
+    project_contexts,
+    unread_parts,
+)
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.sampling import Noise
 from treeflash.decoding.transitions import TransitionTable
@@ -34,9 +39,6 @@ from treeflash_cuda.visible_keys import SharedWork, VisibleKeys, equal_work, pag
 
 MAX_CONTEXT = 64
 """More new positions for each sequence, as after prompts, run without a graph."""
-MAX_READ = 2048
-"""More new positions of a sequence, as after long prompts, are read some at a time: all of them at
-once would take more memory than is left beside keys and values."""
 
 
 class OutputStage(output_stage.OutputStage):
@@ -304,17 +306,15 @@ class Drafter:
         """
         cache = state.drafter
         assert cache is not None
-        while (end := cache.length + self.max_read) < state.length:
-            context = concatenate(state.context_before(end))
-            positions = torch.arange(cache.length, end, device=context.device)
+        for parts in unread_parts(state, self.max_read):
+            context, first = concatenate(parts), cache.length
+            positions = torch.arange(first, first + len(context), device=context.device)
             rotation, written = self.model.rotary(positions, context.dtype), None
             for n, layer in enumerate(self.model.layers):
                 keys, values = layer.self_attn.keys_and_values(context[None], rotation)
                 if written is None:
-                    written = WrittenRows([(cache, cache.length, len(context))], keys)
+                    written = WrittenRows([(cache, first, len(context))], keys)
                 written.write(n, keys[0], values[0])
-            rest = state.context_before(state.length, end)
-            cache.length, state.context = end, rest
 
     def _draft(
         self, roots: Sequence[tuple[State, int]], slab: Slab | None

@@ -13,7 +13,12 @@ from numpy.typing import NDArray
 
 from treeflash.config import SINK
 from treeflash.decoding import output_stage
-from treeflash.decoding.backend_base import note_drafted, project_contexts
+from treeflash.decoding.backend_base import (
+    MAX_READ,
+    note_drafted,
+    project_contexts,
+    unread_parts,
+)
 from treeflash.decoding.interfaces import TableOptions
 from treeflash.decoding.output_stage import Block
 from treeflash.decoding.sampling import Noise
@@ -23,6 +28,7 @@ from treeflash.drafters.layers import visible_positions
 from treeflash_mlx.cache import BatchStorage, share_storage, storages_of
 from treeflash_mlx.drafter_model import OPERATIONS, DrafterModel, read
 from treeflash_mlx.numerics import gumbel, log_softmax, top_log_probs
+from treeflash_mlx.state import State
 from treeflash_mlx.target import Target, shortlist_logits
 
 
@@ -74,6 +80,7 @@ class Drafter:
 
     def __init__(self, model: DrafterModel, target: Target, window: int | None = None) -> None:
         self.model, self.window, self.output = model, window, OutputStage(model, target)
+        self.max_read = MAX_READ
 
     def draft(self, roots: Sequence[tuple[Any, int]], depths: int | None = None) -> list[Block]:
         """Draft blocks after the roots; the rows of all sequences follow one another."""
@@ -87,6 +94,7 @@ class Drafter:
         project_contexts([state for state, _ in roots], self.model.project, mx.concatenate)
         sequences, contexts = [], []
         for state, _ in roots:
+            self._read_ahead(state)
             start = state.length
             gap, end = window_gap(start, self.window)
             first_seen = end if gap < end else 0
@@ -122,6 +130,21 @@ class Drafter:
             Block(root, part[config.first_slot :][:depths])
             for (_, root), part in zip(roots, mx.split(x, len(roots)), strict=True)
         ]
+
+    def _read_ahead(self, state: State) -> None:
+        """Write the keys and values of all but the last `max_read` new positions.
+
+        They depend on the features of their positions alone.
+        """
+        cache = state.drafter
+        assert cache is not None
+        for parts in unread_parts(state, self.max_read):
+            context, first = mx.concatenate(parts), cache.length
+            positions = mx.arange(first, first + len(context), dtype=mx.int32)
+            storage = share_storage([cache])
+            for n, layer in enumerate(self.model.layers):
+                storage.write(n, layer.self_attn.keys_and_values(context, positions), first)
+            mx.eval(storage.arrays)
 
     def marginals(self, blocks: Sequence[Block], options: TableOptions) -> list[TransitionTable]:
         hidden = mx.concatenate([block.hidden for block in blocks])

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from faulty_kernels import faulty
+from long_contexts import check_long_contexts
 from mtp_pairs import write_mtp_pair
 from parts import load_with_parts
 from recordings import recording
@@ -15,7 +16,6 @@ from stand_ins import stand_in
 
 from treeflash.config import DecodeConfig, LoadConfig
 from treeflash.decoding import Request, decode
-from treeflash.decoding.interfaces import Prefill
 from treeflash.decoding.session import SequenceSession
 from treeflash.decoding.tree import DraftTree
 from treeflash.hub.models import resolve_drafter
@@ -35,7 +35,6 @@ from treeflash_cuda import linear
 from treeflash_cuda.backend import load
 from treeflash_cuda.cpu import drafter_calls
 from treeflash_cuda.cpu.drafter_calls import BlockCalls
-from treeflash_cuda.drafter import MAX_READ
 from treeflash_cuda.drafter_loading import pack_drafter
 from treeflash_cuda.linear import weights_by_format
 from treeflash_cuda.operations import PYTORCH
@@ -65,27 +64,11 @@ def test_many_features_do_not_wait_for_a_draft(pair):
     assert [len(outputs) for (outputs,) in calls] == [MAX_UNPROJECTED]
 
 
-@pytest.mark.parametrize("in_rows", [False, True], ids=["masks", "rows"])
-def test_a_long_prompt_is_read_some_at_a_time(pair, monkeypatch, in_rows):
-    """The drafts stay as they are, and no product has all rows."""
-    backend = load_with_parts(monkeypatch, *pair) if in_rows else load(*pair, LoadConfig(**ON_CPU))
-    stand_in(monkeypatch, backend.drafter_model, calls=None)
-    drafter, size = backend.drafter, backend.drafter_config.block_size
-    assert drafter._has_slab_pass == in_rows
-    found = []
-    for most in (MAX_READ, 7):
-        drafter.max_read = most
-        with closing(backend.open(60, drafts=True)) as state:
-            for tokens in ([5, 6, 7] * 12, [8, 9]):  # the second draft follows at once
-                backend.verifier.run([Prefill(state, tokens, None)])
-                with recording(backend.drafter_model.layers[0].self_attn, "_heads") as calls:
-                    (block,) = drafter.draft([(state, 3)])
-                assert max(len(x[0]) for (x,) in calls) <= most + size
-                assert state.drafter.length == state.length
-                found.append((drafter.log_probs(block), state.read_drafter_kv_cache()))
-    for whole, parts_of in zip(found[:2], found[2:], strict=True):
-        for x, y in zip(whole, parts_of, strict=True):
-            np.testing.assert_allclose(x, y, atol=1e-5)
+def test_a_long_prompt_is_read_some_at_a_time_in_rows(pair, monkeypatch):
+    """As on a GPU; `engines/test_drafting.py` has masks."""
+    backend = load_with_parts(monkeypatch, *pair)
+    assert backend.drafter._has_slab_pass
+    check_long_contexts(monkeypatch, backend)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from engines import each
+from long_contexts import check_long_contexts
 from recordings import recording
 from stand_ins import stand_in
 
@@ -101,6 +102,12 @@ def test_several_pairs_are_loaded_at_once(engine, pair):
     blocks = [sequence.draft(roots[0]) for sequence in sequences]
     log_probs = [x.backend.drafter.log_probs(y) for x, y in zip(sequences, blocks, strict=True)]
     assert (log_probs[0] == log_probs[1]).all()
+
+
+def test_a_long_prompt_is_read_some_at_a_time(engine, pair, monkeypatch):
+    """The drafts stay as they are, and no product has all rows."""
+    backend = engine.load(*pair)
+    check_long_contexts(monkeypatch, backend)
 
 
 def assert_plain_text(backend, **settings):

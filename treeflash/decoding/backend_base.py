@@ -426,6 +426,23 @@ def project_contexts(
             context[i] = features[first:end]
 
 
+MAX_READ = 2048
+"""Positions of a sequence that a block drafter reads at once. All of a long prompt would take more
+memory than is left beside keys and values."""
+
+
+def unread_parts(state: BaseState[Any, Any], most: int) -> Iterator[list[Any]]:
+    """Yield the context of all but the last `most` positions at most that a drafter has not read.
+
+    It comes `most` positions at a time, each of which count as read when the next is asked for.
+    """
+    assert state.drafter is not None
+    while (end := state.drafter.length + most) < state.length:
+        yield state.context_before(end)
+        rest = state.context_before(state.length, end)
+        state.drafter.length, state.context = end, rest
+
+
 @contextmanager
 def undone_on_failure(states: Iterable[BaseState[Any, Any]]) -> Iterator[None]:
     """Take back what the calls inside commit to states if one of them fails."""
