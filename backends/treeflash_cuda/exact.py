@@ -54,6 +54,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from treeflash.decoding.passed_checks import PassedChecks
 from treeflash.decoding.probe import INEXACT
@@ -79,6 +80,9 @@ FBGEMM_ROWS = 3
 CHECKED_MULTIPLICATIONS = 1 << 33
 """Most multiplications of a checked product of more rows than `CHECKED_ROWS`: checks of large
 weights would take seconds."""
+CANCELLED_WEIGHTS = 1 << 24
+"""Most weights of a product that is checked with terms that cancel: results of more weights are so
+many that some show another order."""
 CACHE_NBYTES = 64 << 20
 """Weights of more bytes than this are read from memory, not from a cache."""
 
@@ -131,11 +135,44 @@ def bound_products(
             counts = [*CHECKED_ROWS, *counts]
             device = next(model.parameters()).device
             check = partial(_equal_rows, bounded, shape, dtype, device, counts, LEAST_ROWS)
+            if not is_low and math.prod(shape) <= CANCELLED_WEIGHTS:
+                check = partial(_most_equal_rows, check, owner, shape, dtype, sizes)
             most[shape, kind] = passed.find(f"products of {shape} in {kind}", check)
         bounded.most = most[shape, kind]
         undo.callback(setattr, owner, name, product)
         setattr(owner, name, bounded)
     return min(most.values())
+
+
+def _most_equal_rows(
+    check: Callable[[], int],
+    layer: nn.Module,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
+) -> int:
+    """Return the most rows up to which both a layer and one whose terms cancel have equal bits.
+
+    The order of a sum changes its last bits in float32, which a result in half precision seldom
+    shows. Where the sum of the terms is zero, nothing but these bits is left. `sizes` are for
+    `_BoundedProduct`.
+    """
+    counts = [n for n in (*CHECKED_ROWS, *MORE_CHECKED_ROWS) if n <= check()]
+    random, half = torch.Generator().manual_seed(0), shape[1] // 2
+    order = torch.randperm(half, generator=random)
+    weight = torch.randn(shape[0], half, generator=random).to(dtype)
+    rows = torch.randn(1, counts[-1], half, generator=random).to(dtype)
+    odd = shape[1] % 2
+    weight = F.pad(torch.cat([weight, -weight[:, order]], 1), (0, odd))
+    rows = F.pad(torch.cat([rows, rows[..., order]], -1), (0, odd))
+    if isinstance(layer, PackedLinear):
+        product: Callable[[Tensor], Tensor] = PackedLinear(weight, None)
+    else:
+        weights = {"weight": weight}
+        if layer.bias is not None:
+            weights["bias"] = torch.zeros(shape[0], dtype=dtype)
+        product = partial(functional_call, layer, weights)
+    return _equal_results(_BoundedProduct(product, *sizes), rows, counts, LEAST_ROWS)
 
 
 def products_of(model: nn.Module) -> Iterator[tuple[Any, str, tuple[int, int]]]:
@@ -262,16 +299,24 @@ def _equal_rows(
 
     Raises an UnsupportedModelError if it is smaller than `least`.
     """
-    random, (size, width) = torch.Generator().manual_seed(0), shape
-    x = torch.randn(1, counts[-1], width, generator=random).to(device, dtype)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(1, counts[-1], shape[1], generator=random).to(device, dtype)
+    return _equal_results(product, x, counts, least)
+
+
+def _equal_results(
+    product: Callable[[Tensor], Tensor], x: Tensor, counts: Sequence[int], least: int
+) -> int:
+    """Do what `_equal_rows` does, with the rows of (1, n, width)."""
     previous = product(x[:, : counts[0]])
     for rows in counts[1:]:
         result, equal = product(x[:, :rows]), previous.shape[1]
         if not torch.equal(result[:, :equal], previous):
             if equal < least:
                 raise UnsupportedModelError(
-                    f"{INEXACT}: {dtype} products of {width} x {size} weights depend on the number "
-                    f"of rows on this machine ({equal} rows differ from {rows})"
+                    f"{INEXACT}: {x.dtype} products of {x.shape[2]} x {result.shape[2]} weights "
+                    "depend on the number of rows on this machine "
+                    f"({equal} rows differ from {rows})"
                 )
             return equal
         previous = result

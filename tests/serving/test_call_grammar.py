@@ -20,7 +20,7 @@ from treeflash.text.stream import Assembler
 
 START = "<|im_start|>assistant\n"
 TEMPLATE = "{{ tools | tojson if tools }}{% for m in messages %}{{ m.content }}{% endfor %}" + START
-COLOUR = {"enum": ["red", "a/b (c)", None]}
+COLOUR = {"enum": ["red", "a/b (c)", "\tx\n", None]}
 SPOT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
 PAINT = {
     "type": "object",
@@ -57,6 +57,9 @@ ONE = {"colour": "red", "note": "Be quick."}
 RIGHT = [
     (ONE, ONE),
     (ONE | {"note": "a <b>\n</param> c"}, ONE | {"note": "a <b>\n</param> c"}),
+    (ONE | {"note": "  if x:\n    y\n"}, ONE | {"note": "  if x:\n    y\n"}),  # lines of a program
+    (ONE | {"colour": "\tx\n"}, ONE | {"colour": "\tx\n"}),
+    (ONE | {"coats": " 3"}, ONE | {"coats": 3}),
     (ONE | {"colour": "a/b (c)", "note": ""}, {"colour": "a/b (c)", "note": ""}),
     (ONE | {"colour": "null", "note": "null"}, {"colour": None, "note": None}),
     (ONE | {"coats": "3"}, ONE | {"coats": 3}),
@@ -67,6 +70,7 @@ WRONG = [
     {"colour": "red"},
     {"colour": "green", "note": ""},
     {"colour": '"red"', "note": ""},
+    {"colour": " red", "note": ""},
     {"note": "", "colour": "red"},
     ONE | {"coats": "three"},
     ONE | {"coats": "1.5"},
@@ -166,6 +170,7 @@ def nested(depth):
         ({"anyOf": [{"type": "integer"}] * (MOST_PARTS + 1)}, []),
         ({"anyOf": 1, "type": 2}, []),
         ({"type": ["integer", 3, "null"]}, ["integer", "null"]),
+        ({"type": [*["integer"] * MOST_PARTS, "null"]}, ["integer"]),
         ({"enum": [1, "a", None, 2.5, True, [], {}]},
          ["integer", "string", "null", "number", "boolean", "array", "object"]),
         ({"allOf": [{"type": "object"}]}, ["object"]),

@@ -35,10 +35,12 @@ OPTIONAL_SPACE = r"\s*"
 ARGUMENT_KEYS = {"{content}": "arguments", str(JSON_CALL): "parameters"}
 """The name of the arguments in the JSON of a call, by the transform of the call."""
 NAME_GROUP = re.compile(r"\(\?P<name>[^()]*\)")
-BLANK = f"(?:{re.escape(SPACE)})?"
-TAG = re.compile(rf"(?s)(.*)\(\?P<key>([^()]*)\)(.*?){BLANK}\(\?P<value>\.\*\?\){BLANK}(.*)")
-"""A pattern of tags: what begins one, the pattern of names, and what is before and after a value
-and the white space around it."""
+GAPS = {OPTIONAL_SPACE: SPACE, r"\n?": r"\n"}
+"""What is written where a pattern allows white space."""
+GAP = r"(?:(\\s\*|\\n\?))?"
+TAG = re.compile(rf"(?s)(.*)\(\?P<key>([^()]*)\)(.*?){GAP}\(\?P<value>\.\*\?\){GAP}(.*)")
+"""A pattern of tags: what begins one, the pattern of names, and what is before and after a value,
+each with the white space that is no part of the value."""
 REST_OF_TEXT = "(?s:.*)"
 MOST_REPEATED = 2**22
 """Most characters of definitions in the grammars of all values, each of which has its schema's."""
@@ -76,7 +78,8 @@ def call_grammar(template: ResponseTemplate, tools: AllowedTools, *, free: bool)
         schemas[called["name"]] = enforced or ANY_OBJECT
     if _is_json(form) and (key := ARGUMENT_KEYS.get(str(call))) is not None:  # all of it is JSON
         one_of = {"anyOf": [_call_schema(name, schema, key) for name, schema in schemas.items()]}
-        calls = [_json_arguments("arguments", one_of)]
+        whole = _json_arguments("arguments", one_of)
+        calls = [replace(whole, text=f"/{SPACE}/ {whole.text}")] if opening else [whole]
     else:
         calls = []
         for i, (name, schema) in enumerate(schemas.items()):
@@ -99,7 +102,7 @@ def _grammar_of_calls(
     """
     rules, begin = [], ""
     if opening:  # it ends a lazy lexeme, so that free text ends where a call begins
-        begin = f"opening /{SPACE}/ "
+        begin = "opening "
         text = REST_OF_TEXT if free else ""
         rules.append(f"opening[lazy]: /{text}{escape_slashes(opening)}/")
     one_of = " | ".join(call.text for call in calls)
@@ -141,6 +144,8 @@ class Tags:
     begin: str  # before the name
     name: str  # of any name
     between: str  # after the name
+    before: str  # white space before a text, which is no part of it
+    after: str  # such white space after it
     end: str  # after the value
 
     @classmethod
@@ -149,8 +154,9 @@ class Tags:
         args = form.get("content_args") or {}
         if form.get("content") != "xml-inline" or args.keys() != {"tag_pattern"}:
             return None
-        found = TAG.fullmatch(args["tag_pattern"].replace(OPTIONAL_SPACE, SPACE))
-        return None if found is None or not found[4] else cls(*found.groups())
+        if (found := TAG.fullmatch(args["tag_pattern"])) is None or not found[6]:
+            return None
+        return cls(*(GAPS.get(part, part) or "" for part in found.groups()))
 
     def arguments(self, name: str, schema: Any) -> Arguments | None:
         """Return the arguments of a function, whose rules begin with `name`.
@@ -216,16 +222,16 @@ class _Writer:
                 return self._text()
             else:
                 others.append(part)
-        choices = []
+        choices, end = [], escape_slashes(self.tags.end)
         if texts:
             pattern = escape_slashes("|".join(map(re.escape, texts)))
-            choices.append(f"/{SPACE}({pattern})/")
+            choices.append(f"/{self.tags.before}({pattern}){self.tags.after}{end}/")
         if others:
             name = f"{self.name}_value_{len(self.entries)}"
             value = _json_arguments(name, {"anyOf": others, **self.definitions})
             self.entries += value.entries
-            choices.append(f"/{SPACE}/ {value.text}")
-        return f"({' | '.join(choices)}) /{SPACE}{escape_slashes(self.tags.end)}/"
+            choices.append(f"/{SPACE}/ {value.text} /{SPACE}{end}/")
+        return f"({' | '.join(choices)})"
 
     def _text(self) -> str:
         """Return the part of a rule for a text and its end: the lexeme stops at the first end."""

@@ -41,8 +41,9 @@ QWEN3_5 = _family_template(
         "open_pattern": r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>",
         "close_pattern": r"</function>\s*</tool_call>",
         "content": "xml-inline",
+        # A value has lines of its own; other white space belongs to it.
         "content_args": {
-            "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\s*(?P<value>.*?)\s*</parameter>"
+            "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"
         },
     },
     call=NAMED_CALL,
