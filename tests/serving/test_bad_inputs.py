@@ -118,7 +118,6 @@ WRONG = [
         responses,
         end=": ",
         background=[True],
-        truncation=["auto"],
         service_tier=["flex"],
         input=[[]],
         max_output_tokens=[0],

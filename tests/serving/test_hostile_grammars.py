@@ -83,7 +83,6 @@ REFUSED = {
     "patterns": (Grammar.json(PATTERNS), TOO_LONG),
     "a schema without a text": (Grammar.json({"$ref": "#"}), "no text matches it"),
     "unknown type": (Grammar.json({"type": "objekt"}), "objekt"),
-    "unknown format": (Grammar.json({"type": "string", "format": "no-such-format"}), "format"),
     "rules": (rules("@ @", MANY), TOO_DEEP),
     "terminals": (rules("@", 3 * MANY, name="R"), TOO_DEEP),
     "intersection": (INTERSECTION, TOO_LONG),

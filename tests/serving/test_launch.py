@@ -25,7 +25,7 @@ from stand_ins import stand_in
 from tool_models import CHAT_TEMPLATE, tool_tokenizer
 
 from treeflash.commands import launch, serve
-from treeflash.serving.agents import AGENTS, KEY_VARIABLE, Endpoint
+from treeflash.serving.agents import AGENTS, KEY_VARIABLE, PATIENCE_MS, Endpoint
 
 AGENT = f"""#!{sys.executable}
 import json, os, sys, urllib.request
@@ -224,6 +224,9 @@ def test_limits(context):
     percent = int(claude.get("CLAUDE_AUTOCOMPACT_PCT_OVERRIDE", "90"))
     assert percent * window / 100 < context
     assert KEY_VARIABLE in AGENTS["codex"].environment(endpoint)
+    patience = f"model_providers.treeflash.stream_idle_timeout_ms={PATIENCE_MS}"
+    assert patience in AGENTS["codex"].arguments(endpoint)
+    assert claude["CLAUDE_STREAM_IDLE_TIMEOUT_MS"] == str(PATIENCE_MS)
 
 
 @pytest.fixture(scope="session")

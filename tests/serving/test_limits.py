@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import resource
 import socket
@@ -205,6 +206,23 @@ def test_keep_alive(serve):
             assert [next(lines) for _ in range(3)] == [": ping", "", ": ping"]
             gate.open()
             assert "data: [DONE]" in list(lines)
+
+
+def test_a_stream_of_responses_is_kept_alive_by_events(serve):
+    """Codex does not count comments."""
+    server = serve(keep_alive=0.05)
+    with Gate(server.engine) as gate:
+        body = {"input": "A", "stream": True, "max_output_tokens": 2}
+        with server.client.stream("POST", "/v1/responses", json=body) as response:
+            lines = response.iter_lines()
+            data = (json.loads(x.removeprefix("data: ")) for x in lines if x.startswith("data"))
+            first = [next(data) for _ in range(4)]
+            gate.open()
+            events = [*first, *data]
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    assert kinds[:4] == ["created", "in_progress", "in_progress", "in_progress"]
+    assert kinds[-1] == "incomplete"
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
 
 
 def test_an_answer_has_the_memory_that_there_is(serve):

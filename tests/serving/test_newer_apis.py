@@ -167,7 +167,7 @@ def test_adaptive_thinking_is_on_where_the_model_reasons(supported, args):
 
 
 def test_fields_keep_their_meaning():
-    tool = PAINT | {"strict": True}
+    tool = PAINT | {"strict": True, "eager_input_streaming": True}
     sampling = {"temperature": 0.5, "top_p": 0.9, "top_k": 7}
     request = MessagesRequest(
         messages=HELLO, max_tokens=9, stop_sequences=["a"], tools=[tool], **sampling

@@ -103,6 +103,18 @@ def test_thoughts_and_results_without_a_name_reach_the_chat_template():
     assert found == [*HELLO, answer, result | {"tool_call_id": "call_1_0"}]
 
 
+def test_fields_that_clients_send_beside_the_options_change_nothing():
+    """Vercel's AI SDK sends these, and no content beside calls."""
+    call = {"function": {"name": "stop", "arguments": {}}}
+    found = messages_of(
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "Done."},
+    )
+    assert found[1]["content"] == ""
+    beside = {"tool_choice": "auto", "max_output_tokens": 9, "temperature": 1, "top_p": 0.5}
+    assert ChatRequest(model=NAME, messages=HELLO, **beside).asked() == {}
+
+
 def test_results_without_an_id_answer_the_calls_that_have_none_yet():
     calls = [{"id": id, "function": {"name": "stop", "arguments": {}}} for id in ("a", "b", "c")]
     result = {"role": "tool", "content": "Done."}

@@ -113,6 +113,30 @@ def test_json_is_any_object(server, request_):
         assert not answer.accepts(wrong), wrong
 
 
+LIST = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"type": "object", "properties": {"a": LIST}, "required": ["a"]}, {"a": [1]}, {"a": "x"}),
+        ({"type": "string", "format": "path"}, "/a", 1),
+        ({"oneOf": [{"type": "integer"}, {"type": "boolean"}]}, 1, "x"),
+        ({"type": "object", "propertyNames": {"enum": ["a"]}}, {"a": 1}, [1]),
+    ],
+    ids=["set", "path", "one of", "names"],
+)
+def test_keywords_that_llguidance_lacks_are_left_out(server, schema, right, wrong):
+    """Packages for structured output write them; the rest of the schema is enforced."""
+    for form in (
+        {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+        {"type": "json_object", "schema": schema},
+    ):
+        answer = submitted(server, *chat(response_format=form, reasoning_effort="none"))
+        assert answer.accepts(json.dumps(right))
+        assert not answer.accepts(json.dumps(wrong))
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("start", ["{", "<"], ids=["content", "call"])
 def test_content_of_a_form_or_calls(server, tokenizer, start, strict):

@@ -36,7 +36,7 @@ from treeflash.commands.serve import (
 )
 from treeflash.errors import ConfigError
 from treeflash.hub.published import model_name
-from treeflash.serving.agents import AGENTS, Agent, Endpoint
+from treeflash.serving.agents import AGENTS, MAX_OUTPUT, Agent, Endpoint
 from treeflash.serving.settings import read_settings
 from treeflash.text.tokenizer import Tokenizer
 
@@ -121,6 +121,8 @@ def _server(args: argparse.Namespace, options: list[str]) -> Iterator[Endpoint]:
     # Missing models are fetched here, where a download can show its progress.
     pair = cli.locate_model(model, [cli.decode_options(model).get("method")])
     _refuse_without_tools(pair.target, args.tool_call_parser)
+    if "max_tokens" not in cli.decode_options(model):  # Codex asks for no length
+        options = [*options, "--max-tokens", str(MAX_OUTPUT)]
     with tempfile.TemporaryDirectory(prefix="treeflash-") as folder:
         log = Path(folder) / "server.log"
         with log.open("wb") as output:

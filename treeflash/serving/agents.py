@@ -13,6 +13,9 @@ from dataclasses import dataclass
 MAX_OUTPUT = 16_384
 """Tokens of an answer at most: the server keeps memory free for all that an answer may have."""
 KEY_VARIABLE = "TREEFLASH_API_KEY"
+PATIENCE_MS = 3_600_000
+"""Milliseconds without an event after which an agent gives a stream up; their own limit is five
+minutes, in which a processor may not have read a long prompt or written a long call."""
 MIN_COMPACT_WINDOW = 100_000
 """The smallest value of CLAUDE_CODE_AUTO_COMPACT_WINDOW that Claude Code takes."""
 
@@ -56,6 +59,7 @@ def _claude(endpoint: Endpoint) -> dict[str, str | None]:
         "CLAUDE_CODE_SUBAGENT_MODEL": endpoint.model,
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(endpoint.output),
         "CLAUDE_CODE_AUTO_COMPACT_WINDOW": str(endpoint.context),
+        "CLAUDE_STREAM_IDLE_TIMEOUT_MS": str(PATIENCE_MS),
         # The header is a line at the beginning of the prompt that differs between conversations,
         # so that no prefix of them would be found in the cache.
         "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
@@ -73,6 +77,7 @@ def _codex(endpoint: Endpoint) -> list[str]:
         "model_provider": "treeflash",
         "model_providers.treeflash.name": "treeflash",
         "model_providers.treeflash.base_url": f"{endpoint.url}/v1",
+        "model_providers.treeflash.stream_idle_timeout_ms": PATIENCE_MS,
         "model_providers.treeflash.wire_api": "responses",
         "model_providers.treeflash.env_key": KEY_VARIABLE,
     }

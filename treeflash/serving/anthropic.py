@@ -35,7 +35,7 @@ from treeflash.serving.schemas import (
     given_options,
 )
 from treeflash.serving.service import Conversation, Service
-from treeflash.serving.streaming import frame, respond
+from treeflash.serving.streaming import Formatter, frame, respond
 from treeflash.text.grammar import Grammar
 from treeflash.text.options import Options
 from treeflash.text.prompt import content_of, text_part
@@ -165,6 +165,7 @@ class AnthropicTool(Cacheable):
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
+    eager_input_streaming: bool | None = None  # a call is sent when it is complete
 
     def function(self) -> Function:
         """Return the tool in the form of chat completions."""
@@ -197,7 +198,8 @@ class Thinking(Schema):
 
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: int | None = Field(None, ge=1)
-    display: Literal["summarized"] | None = None  # accepted, but the reasoning is always sent
+    # Both are accepted, but the reasoning is always sent.
+    display: Literal["summarized", "omitted"] | None = None
 
     @property
     def reasoning(self) -> tuple[bool | Literal["adaptive"], str]:
@@ -344,7 +346,7 @@ def add_routes(app: FastAPI, pool: ModelPool) -> None:
             return {"input_tokens": len(encoded.token_ids)}
 
 
-class MessagesFormatter:
+class MessagesFormatter(Formatter):
     """Writes a completion of one answer in the form of `/v1/messages`."""
 
     def __init__(self, service: Service, completion: Completion, parser: MessageParser) -> None:

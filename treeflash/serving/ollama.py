@@ -48,7 +48,7 @@ from treeflash.serving.schemas import (
     limits,
 )
 from treeflash.serving.service import Conversation, Service
-from treeflash.serving.streaming import json_line, log_prob_entries, respond
+from treeflash.serving.streaming import Formatter, json_line, log_prob_entries, respond
 from treeflash.text.grammar import Grammar
 from treeflash.text.options import Options
 from treeflash.text.prompt import Content, content_of, text_part
@@ -146,6 +146,11 @@ class OllamaRequest(OllamaSchema):
     keep_alive: FiniteFloat | str | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOG_PROBS)  # without `logprobs`: ignored
+    # Ollama ignores these, too; clients of several APIs send them beside `options`.
+    tool_choice: Any = None
+    max_output_tokens: Any = None
+    temperature: Any = None
+    top_p: Any = None
 
     def asked(self) -> Options:
         options = Options() if self.options is None else self.options.decoding()
@@ -196,7 +201,7 @@ class OllamaCall(Schema):
 
 class OllamaMessage(Schema):
     role: Literal["system", "user", "assistant", "tool"]
-    content: str = ""
+    content: str | None = ""
     thinking: str | None = None
     tool_calls: Items[OllamaCall] | None = None
     tool_name: str | None = None
@@ -303,7 +308,7 @@ def _templates(messages: Sequence[OllamaMessage]) -> list[dict[str, Any]]:
     templates: list[dict[str, Any]] = []
     waiting: list[str] = []
     for message in messages:
-        content = _content(message.content, message.images)
+        content = _content(message.content or "", message.images)
         template: dict[str, Any] = {"role": message.role, "content": content}
         if message.thinking:
             template["reasoning_content"] = message.thinking
@@ -458,7 +463,7 @@ def _time(seconds: float | None = None) -> str:
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-class OllamaFormatter:
+class OllamaFormatter(Formatter):
     """Writes a completion of one answer in the form of `/api/chat` or of `/api/generate`.
 
     `load_seconds` is how long the request waited for its model.

@@ -48,7 +48,7 @@ from treeflash.serving.schemas import (
     thinks,
 )
 from treeflash.serving.service import Conversation, Service
-from treeflash.serving.streaming import cached_details, draft_details, frame, respond
+from treeflash.serving.streaming import Formatter, cached_details, draft_details, frame, respond
 from treeflash.text.options import Options
 from treeflash.text.prompt import Content, content_of
 
@@ -214,7 +214,7 @@ class ResponsesRequest(PromptCaching):
     store: bool | None = None  # whatever it asks for, nothing is stored, and the response says so
     previous_response_id: str | None = None  # always refused, in a form that clients know
     include: LongList[Literal["reasoning.encrypted_content"]] | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: Literal["auto", "disabled"] | None = None  # nothing is ever left out
     service_tier: Literal["auto", "default"] | None = None
     background: Literal[False] | None = None
     safety_identifier: str | None = None
@@ -360,7 +360,7 @@ def add_routes(app: FastAPI, pool: ModelPool) -> None:
             return await respond(service, http, completion, answer, request.stream)
 
 
-class ResponsesFormatter:
+class ResponsesFormatter(Formatter):
     """Writes a completion of one answer in the form of `/v1/responses`."""
 
     def __init__(
@@ -396,9 +396,9 @@ class ResponsesFormatter:
         return self._finished()
 
     async def frames(self) -> AsyncIterator[bytes]:
-        begun = {**self._head, "status": "in_progress", "output": [], "usage": None}
+        begun = self._begun()
         yield self._frame("response.created", response=begun)
-        yield self._frame("response.in_progress", response=begun)
+        yield self.idle_frame()
         try:
             async for update in self._completion:
                 for change in self._parser.feed(update.chunk):
@@ -413,6 +413,13 @@ class ResponsesFormatter:
             return
         finished = self._finished()
         yield self._frame(f"response.{finished['status']}", response=finished)
+
+    def idle_frame(self) -> bytes:
+        """Return an event: Codex gives a stream up where only comments come for minutes."""
+        return self._frame("response.in_progress", response=self._begun())
+
+    def _begun(self) -> dict[str, Any]:
+        return {**self._head, "status": "in_progress", "output": [], "usage": None}
 
     def _change_frames(self, change: PartChange) -> Iterator[bytes]:
         part = change.part

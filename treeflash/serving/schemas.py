@@ -431,7 +431,10 @@ ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
 class PlainFormat(Schema):
+    """Text or JSON; a schema beside the second, which other servers know, is enforced."""
+
     type: Literal["text", "json_object"]
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
 
 
 class NamedSchema(Schema):
@@ -488,9 +491,9 @@ def format_grammar(response_format: AnyFormat | None) -> Grammar | None:
     """Return the grammar of answers in a format; None for free text."""
     if response_format is None or response_format.type == "text":
         return None
-    schema = None
-    if isinstance(response_format, JSONSchemaFormat):
-        schema = response_format.json_schema.json_schema
+    schema: Any = response_format.json_schema
+    if isinstance(schema, NamedSchema):
+        schema = schema.json_schema
     return Grammar.json(ANY_OBJECT if schema is None else schema)
 
 

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -53,12 +53,20 @@ def one_line(data: Mapping[str, Any]) -> str:
     return text if text.isascii() else text.translate(ESCAPED_BREAKS)
 
 
-class Formatter(Protocol):
+class Formatter(ABC):
     """Writes a completion in one API's form: as a whole once it is finished, or as a stream."""
 
-    def body(self) -> dict[str, Any]: ...
+    @abstractmethod
+    def body(self) -> dict[str, Any]:
+        """Return the whole answer."""
 
-    def frames(self) -> AsyncIterator[bytes]: ...
+    @abstractmethod
+    def frames(self) -> AsyncIterator[bytes]:
+        """Yield the stream."""
+
+    def idle_frame(self) -> bytes:
+        """Return what keeps a stream of events alive in which nothing happens."""
+        return KEEPALIVE_COMMENT
 
 
 async def respond(
@@ -77,7 +85,7 @@ async def respond(
         frames, kind = with_errors(answer.frames(), Exception, api_error, path), LINES
         if not path.startswith(OLLAMA):  # clients of lines know no comments
             seconds = service.engine.settings.keep_alive
-            frames, kind = _with_comments(frames, seconds), EVENTS
+            frames, kind = _kept_alive(frames, answer.idle_frame, seconds), EVENTS
         return CompletionStream(service, completion, frames, kind)
     with _running(completion, path):
         try:
@@ -127,14 +135,16 @@ class CompletionStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _with_comments(frames: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
-    """Yield the frames, and a comment whenever there is no frame for `seconds`."""
+async def _kept_alive(
+    frames: AsyncIterator[bytes], idle_frame: Callable[[], bytes], seconds: float
+) -> AsyncIterator[bytes]:
+    """Yield the frames, and another one whenever there is none for `seconds`."""
     upcoming: asyncio.Future[bytes | None] = asyncio.ensure_future(anext(frames, None))
     try:
         while True:
             await asyncio.wait({upcoming}, timeout=seconds)
             if not upcoming.done():
-                yield KEEPALIVE_COMMENT
+                yield idle_frame()
                 continue
             if (item := upcoming.result()) is None:
                 return
@@ -181,7 +191,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-class ChoicesFormatter(ABC):
+class ChoicesFormatter(Formatter):
     """Writes a completion as OpenAI's list of choices."""
 
     id_prefix: ClassVar[str]

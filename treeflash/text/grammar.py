@@ -92,11 +92,15 @@ class Grammar:
 
 
 def bound_white_space(schema: Mapping[str, Any] | bool) -> Mapping[str, Any]:
-    """Return a JSON schema for llguidance that bounds the white space between JSON's tokens."""
+    """Return a JSON schema for llguidance that bounds the white space between JSON's tokens.
+
+    Keywords that it cannot enforce, and formats that it does not know, are left out.
+    """
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     given = schema.get("x-guidance")
-    options = {"whitespace_pattern": JSON_SPACE} | (given if isinstance(given, dict) else {})
+    options = {"whitespace_pattern": JSON_SPACE, "coerce_one_of": True, "lenient": True}
+    options |= given if isinstance(given, dict) else {}
     return {**schema, "x-guidance": options}
 
 
