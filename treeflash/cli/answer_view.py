@@ -24,10 +24,10 @@ from rich.segment import Segment, SegmentLines
 from rich.syntax import Syntax
 from rich.text import Text
 
-# Models write HTML as text, and formulas with backslashes, which Markdown would drop.
-PARSER = (
-    MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("escape")
-)
+# Models write HTML as text, formulas with backslashes, and the addresses of sources and images, all
+# of which Markdown would drop.
+PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+PARSER.disable(["escape", "image", "reference"])
 FENCE = re.compile(r"\s*(```|~~~).*\n")
 PICTURES = {
     **{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"},

@@ -287,6 +287,10 @@ def _settings(options: Options) -> Record:
     }
 
 
+NUMBER_OPTIONS = "bits", "kv_bits", "exact"
+"""Options of a load that change the numbers of a model, beside its dtype."""
+
+
 def is_from_chosen(record: Record, args: argparse.Namespace) -> bool:
     """Return whether a record is from the models that were chosen, the backend and the dtype."""
     name = model_name(Path(args.target or DEFAULT_TARGET)).rpartition("/")[2].lower()
@@ -296,7 +300,12 @@ def is_from_chosen(record: Record, args: argparse.Namespace) -> bool:
     chosen = {"adapter": adapter and Path(adapter).name}
     chosen |= {k: x for k, x in (("backend", backend), ("dtype", args.dtype)) if x is not None}
     target = str(record.get("target")).rpartition("/")[2].lower()
-    return target == name and all(record.get(key) == value for key, value in chosen.items())
+    numbers = {k: getattr(args, k, None) for k in NUMBER_OPTIONS}  # earlier records have none
+    return (
+        target == name
+        and all(record.get(key) == value for key, value in chosen.items())
+        and all(record.get(key, value) == value for key, value in numbers.items())
+    )
 
 
 def provenance(model: LanguageModel) -> Record:
@@ -306,4 +315,5 @@ def provenance(model: LanguageModel) -> Record:
         "backend": model.backend.name,
         "dtype": model.backend.dtype,
         "adapter": model.loaded.adapter and Path(model.loaded.adapter).name,
+        **{name: getattr(model.loaded, name) for name in NUMBER_OPTIONS},
     }

@@ -120,7 +120,7 @@ class ChatSession:
             try:
                 with _interruption() as self.interrupted:
                     if text.startswith("/"):
-                        self.run_command(*text.split(maxsplit=1))
+                        self.run_command(*text.strip().split(maxsplit=1))
                     elif text.strip():
                         self.reply(with_images("\n\n".join([*self.files, text]), self.images))
                         self.images, self.files = [], []

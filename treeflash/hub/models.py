@@ -355,6 +355,8 @@ def _default_target(packed: bool) -> Path:
         raise CheckpointError(f"{folder} is incomplete; remove it and run again")
     is_known = packed and _is_complete(dequantised)
     files = cache / DEFAULT_TARGET_FILES
+    if files.is_dir() and not any(files.glob("*.gguf")):  # the file was removed
+        shutil.rmtree(files, ignore_errors=True)
     if not is_known and not files.is_dir() and (snapshot := _default_target_from_hub()):
         return snapshot
     space = f"{decimal(DEFAULT_TARGET_BYTES)} of space while it is downloaded"

@@ -17,8 +17,9 @@ from treeflash.decoding.scheduler_thread import Mailbox, SchedulerThread
 from treeflash.text.generation import Generation
 from treeflash.text.stream import Assembler, Chunk, scheduler_config
 
-Steps: TypeAlias = Mailbox[Step | Exception]
-"""Takes the steps of one sequence, and the error that ended it; closed to cancel the sequence."""
+Steps: TypeAlias = Mailbox[Step | Exception | None]
+"""Takes the steps of one sequence, the error that ended it, and None for whoever still waits once
+the stream has ended; closed to cancel the sequence."""
 
 
 class AsyncDecoder:
@@ -101,6 +102,8 @@ class AsyncStream(AsyncIterator[Chunk]):
             if self._mailbox is None:
                 self._mailbox = self._decoder.submit(self._assembler.request())
             step = await self._mailbox.get()
+            if step is None:  # another task has ended the stream
+                raise StopAsyncIteration
             if isinstance(step, Exception):
                 raise step
             chunk = self._assembler.add(step)
@@ -128,6 +131,7 @@ class AsyncStream(AsyncIterator[Chunk]):
         self._ended = True
         if self._mailbox is not None:
             self._mailbox.closed = True
+            self._mailbox.put([None])
 
     async def run(self) -> Generation:
         """Wait for the whole text."""

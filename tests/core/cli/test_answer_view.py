@@ -40,6 +40,13 @@ def show(text: str, size: int = 3, width: int = 60, **settings) -> list[str]:
     return [line.rstrip() for line in file.getvalue().splitlines()]
 
 
+def test_addresses_are_not_dropped():
+    text = "See [1].\n\n[1]: https://x.y/docs\n\nAn ![egg](http://x.y/egg.png)."
+    shown = "\n".join(show(text, markdown=True))
+    assert "[1]: https://x.y/docs" in shown
+    assert "http://x.y/egg.png" in shown
+
+
 def test_markdown_is_laid_out():
     lines = show(TEXT, markdown=True)
     text = "\n".join(lines)

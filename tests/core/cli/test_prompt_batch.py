@@ -72,6 +72,8 @@ def test_other_settings_are_rejected_for_the_same_file(batch, files, scripted, o
         ("backend", "scripted", "mlx", None),
         # A finished run of this target would load nothing.
         ("adapter", None, "lora", Path("SmolLM2-135M-Instruct")),
+        ("bits", None, 8, Path("SmolLM2-135M-Instruct")),
+        ("exact", None, False, Path("SmolLM2-135M-Instruct")),
     ],
 )
 def test_answers_of_another_pair_are_refused(batch, files, scripted, name, value, other, folder):

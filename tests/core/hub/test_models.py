@@ -105,6 +105,15 @@ def test_default_target_is_fetched_once_for_both_forms(cache, converter, command
     assert len(commands) == 1
 
 
+def test_a_file_that_was_removed_is_fetched_again(cache, converter, commands):
+    first = models.resolve_target(None)
+    for file in (cache / DEFAULT_TARGET_FILES).iterdir():
+        file.unlink()
+    assert models.resolve_target(None) == first
+    assert models.resolve_target(None, packed=True) != first
+    assert len(commands) == 2
+
+
 @pytest.mark.usefixtures("commands", "converter")
 def test_a_folder_that_an_older_version_packed_is_not_used(cache):
     folder = models.resolve_target(None, packed=True)

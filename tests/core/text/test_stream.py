@@ -337,6 +337,30 @@ def test_whoever_waits_can_end_a_text(model, gate, closing, end):
     assert generation.token_ids == expected[: len(generation.token_ids)]
 
 
+async def collect(stream):
+    return [chunk async for chunk in stream]
+
+
+@pytest.mark.parametrize("passes", [0, 2])
+def test_all_tasks_that_read_a_stream_end_with_it(model, gate, passes):
+    """Also before its first chunk, and where no chunk follows."""
+
+    async def run():
+        stream = model.astream("hi", **FOREVER)
+        if passes:
+            gate.allow(passes)
+            await anext(stream)
+        readers = [asyncio.ensure_future(collect(stream)) for _ in range(2)]
+        while stream._mailbox is None:
+            await asyncio.sleep(0.002)
+        await stream.aclose()
+        found = await asyncio.wait_for(asyncio.gather(*readers), 30)
+        gate.allow()
+        return found
+
+    assert sum(len(chunks) for chunks in asyncio.run(run())) <= passes
+
+
 def test_a_stream_that_nobody_keeps_ends(model, gate, closing):
     gate.allow(1)
 

@@ -92,6 +92,7 @@ def test_every_prompt_is_answered_and_counted(
         "turn": 0,
         "target": "target",
         "adapter": None,
+        **dict.fromkeys(("bits", "kv_bits", "exact")),
         "backend": "echo",
         "dtype": "float32",
         "top_p": 1.0,
