@@ -12,6 +12,7 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -186,6 +187,18 @@ def run(
     loop = custom_generate or partial(
         generate, streamer=streamer, drafter=drafter, method=method, budget=budget, seed=seed
     )
+    if generation_config is not None and generation_config.stop_strings is not None:
+        generation_config = copy(generation_config)
+        arguments.setdefault("stop_strings", generation_config.stop_strings)
+        generation_config.stop_strings = None
+    tokenizer = arguments.get("tokenizer")
+    if tokenizer is not None and (strings := arguments.pop("stop_strings", None)) is not None:
+        # transformers loses the tokenizer on the way to a callable, and needs it for these strings.
+        from transformers import StoppingCriteriaList, StopStringCriteria
+
+        given = arguments.get("stopping_criteria") or ()
+        stop = StopStringCriteria(tokenizer, strings)
+        arguments["stopping_criteria"] = StoppingCriteriaList([*given, stop])
     return type(model).generate(
         model, inputs, generation_config, streamer=streamer, custom_generate=loop, **arguments
     )

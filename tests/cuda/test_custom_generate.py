@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import string
 import weakref
 from functools import partial
 
@@ -20,7 +21,16 @@ from treeflash.transformers import PAIRS, disable, enable, generate
 require("torch")
 
 import torch
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 VOCAB = 40
 LENGTHS = 12, 5, 12
@@ -219,6 +229,28 @@ def test_sequences_end_at_end_tokens_and_at_criteria(model, options):
         expected = texts(model, do_sample=False, **ends)
         assert expected != free
         assert texts(model, **ends, **options) == expected
+
+
+@pytest.mark.parametrize("in_config", [False, True])
+def test_stop_strings_of_an_enabled_model(model, options, in_config):
+    """The library hands the tokenizer to no callable, and then misses it."""
+    letters = f"{string.ascii_lowercase}{string.digits}.,;:"
+    characters = Tokenizer(BPE({x: i for i, x in enumerate(letters)}, []))
+    characters.decoder = Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters)
+    free = texts(model, do_sample=False)
+    ends = {"stop_strings": [letters[free[0][LENGTHS[0] + 3]]]}
+    if in_config:
+        ends = {"generation_config": GenerationConfig(**ends, **TOKENS)}
+    expected = texts(model, do_sample=False, tokenizer=tokenizer, **ends)
+    assert expected != free
+    enable(model, drafter=options["drafter"], budget=16)
+    try:
+        assert texts(model, tokenizer=tokenizer, **ends) == expected
+        with pytest.raises(ValueError, match="tokenizer"):
+            texts(model, **ends)
+    finally:
+        disable(model)
 
 
 def test_streamers_get_every_token_in_turn(model, options):
