@@ -67,8 +67,8 @@ class DrafterScores:
 
     def text_means(self, count: int) -> NDArray[np.float64]:
         """Average each text's marginal log probability, (count, 1); nan without a block."""
-        texts = [self.marginal.log_probs[self.texts == number] for number in range(count)]
-        return np.array([[np.nanmean(text) if text.size else np.nan] for text in texts])
+        texts = (self.marginal.log_probs[self.texts == number] for number in range(count))
+        return np.array([[_mean(text)] for text in texts])
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,10 @@ MIN_PROMPTING_GAIN = 0.5
 """Another way of prompting changes the texts, which alone makes a difference."""
 COLLAPSE = 2.0
 """Nats lost from one depth to the next, a factor of 7. Sound drafters lose at most 1."""
+LEAST_TEXTS = 3
+"""Least texts that tell whether agreement collapses."""
+SOUND = 0.3
+"""Least agreement before a collapse: less may end by chance."""
 CHANCE = 0.1
 """Agreement that guesses of frequent tokens nearly reach."""
 MASK_CANDIDATES, ALL_MASK_CANDIDATES = 3, 8
@@ -455,7 +459,7 @@ def check_precision(target_config: Mapping[str, Any]) -> list[Finding]:
 def check_depths(scores: DrafterScores) -> Finding:
     """Check that drafts agree at depth 1 at all, and do not collapse between depths."""
     for name, rows in (("drafter", scores.marginal), ("AR head", scores.corrected)):
-        if rows and (problem := _collapse(rows, name)):
+        if rows and (problem := _collapse(rows, scores.texts, name)):
             return Finding(check="depths", ok=False, message=problem)
     return Finding(check="depths", message="agreement does not collapse at any depth")
 
@@ -519,7 +523,18 @@ def _measure_pair(
     return _Pair(config, backend.vocab_size, texts, scores, prompted, device)
 
 
-def _collapse(scores: TokenScores, name: str) -> str | None:
+def _mean(x: NDArray[np.float64]) -> float:
+    """Average what is not nan; nan if nothing is."""
+    x = x[~np.isnan(x)]
+    return float(x.mean()) if x.size else math.nan
+
+
+def _collapse(scores: TokenScores, texts: NDArray[np.integer], name: str) -> str | None:
+    """Return what is wrong with the agreement by depth; None if nothing is.
+
+    `texts` has the text of each block. Blocks of one text are alike, so texts are compared.
+    """
+    by_text = [scores.log_probs[texts == text] for text in np.unique(texts)]
     hits = depth_means(scores.hits)
     if hits[0] < CHANCE:
         return (
@@ -527,8 +542,13 @@ def _collapse(scores: TokenScores, name: str) -> str | None:
             "better than chance; if no other check explains it, the drafter is for another target"
         )
     for depth in range(1, len(hits)):
-        here, next_ = (scores.log_probs[:, d : d + 1] for d in (depth - 1, depth))
-        if Gain.between(next_, here).is_clear(COLLAPSE):
+        if hits[depth - 1] < SOUND or max(hits[depth:]) >= CHANCE:
+            continue
+        here, next_ = (
+            np.array([[_mean(rows[:, d])] for rows in by_text]) for d in (depth - 1, depth)
+        )
+        is_told = np.count_nonzero(~np.isnan(next_)) >= LEAST_TEXTS
+        if is_told and Gain.between(next_, here).is_clear(COLLAPSE):
             return (
                 f"the {name}'s agreement falls from {hits[depth - 1]:.0%} at depth {depth} to "
                 f"{hits[depth]:.0%} at depth {depth + 1}; if the drafter was trained with "

@@ -287,6 +287,7 @@ COMMANDS: dict[str, list[tuple[str, str]]] = {
         ("--budget many hi", "must be auto or a number of nodes, got many"),
         ("--budget", "argument --budget"),
         ("--bud 8 hi", "unrecognized arguments: --bud hi (did you mean --budget?); see --help"),
+        ("--max-token 8 --prompts x.jsonl", "unrecognized arguments: --max-token (did you mean"),
         ("--head-rows many hi", "must be full, auto or a number of tokens, got many"),
         ("--suffix maybe hi", "must be on or off, got maybe"),
         ("--calibration maybe hi", "must be on or off, got maybe"),

@@ -195,7 +195,16 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse a command line; a ConfigError says what its unknown arguments may have meant."""
-        found, unknown = self.parse_known_args(args, namespace)
+        args = sys.argv[1:] if args is None else list(args)
+        try:
+            found, unknown = self.parse_known_args(args, namespace)
+        except ConfigError:
+            # The value of an unknown option counts as an argument, which may be one too many.
+            own = args[: args.index("--")] if "--" in args else args
+            flags = [x.partition("=")[0] for x in own if x.startswith("--") and " " not in x]
+            unknown = [flag for flag in flags if flag not in self._option_string_actions]
+            if not unknown:
+                raise
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._advice(unknown)}")
         return found
