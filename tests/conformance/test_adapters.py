@@ -114,13 +114,14 @@ def test_scales_of_peft(tmp_path, target, changes, expected):
                 ("lora_bias", True),
                 ("target_parameters", ["experts.down_proj"]),
                 ("fan_in_fan_out", True),
+                ("alora_invocation_tokens", [1, 2]),
             )
         ),
         ("peft", {"bias": "all"}, "adapters with bias 'all' are not supported"),
         ("peft", {"peft_type": "IA3"}, "adapters of type IA3 are not supported; use LoRA"),
         *(
             ("peft", {"init_lora_weights": start}, "change the base model")
-            for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "PiSSA")
+            for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "PiSSA")
         ),
         ("mlx", {"fine_tune_type": "dora"}, "adapters of type 'dora' are not supported"),
         ("mlx", {"fine_tune_type": "full"}, "adapters of type 'full' are not supported"),

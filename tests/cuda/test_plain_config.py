@@ -85,6 +85,10 @@ def test_a_file_that_names_no_biases_has_none(tmp_path):
     assert facts_of(config) == facts_of(read_model_config(tmp_path))
 
 
+def test_a_list_that_is_null_is_left_to_transformers(tmp_path):
+    assert plain_config(write(tmp_path, "smollm3", {}) | {"no_rope_layers": None}) is None
+
+
 @pytest.mark.parametrize("family", SETTINGS)
 def test_what_a_file_leaves_out_is_left_to_transformers(tmp_path, family):
     saved = write(tmp_path, family, {})

@@ -31,9 +31,13 @@ from treeflash.errors import CheckpointError, UnsupportedModelError
 CONFIG = "adapter_config.json"
 PEFT_WEIGHTS, MLX_WEIGHTS = "adapter_model.safetensors", "adapters.safetensors"
 PEFT_PREFIX = "base_model.model."
-REFUSED = ("use_dora", "lora_bias", "target_parameters", "modules_to_save", "fan_in_fan_out")
-"""Settings of PEFT that change more than the weights of linear layers."""
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
+REFUSED = (
+    *("use_dora", "lora_bias", "target_parameters", "modules_to_save", "fan_in_fan_out"),
+    "alora_invocation_tokens",
+)
+"""Settings of PEFT that change more than the weights of linear layers, or only those of a part of
+the text."""
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that also change the base model's weights."""
 SHARED_WEIGHT = "it shares its weight with the embeddings"
 """Why an output head is not adapted: the update would change the embeddings, too."""

@@ -225,8 +225,9 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     parameters["partial_rotary_factor"] = float(share or 1)
     if parameters["rope_type"] == "mrope":  # an older name of several axes, see `rotary_axes`
         parameters["rope_type"] = "default"
-    if "max_position_embeddings" in config:
-        parameters.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    original = "original_max_position_embeddings"
+    if (length := config.get(original) or config.get("max_position_embeddings")) is not None:
+        parameters.setdefault(original, length)
     return parameters
 
 

@@ -79,7 +79,6 @@ END_TOKENS = {
 }
 """Tokens that end a text or a turn also in files that do not say so, as Gemma 3's do not."""
 YARN_FACTORS = {
-    "attn_factor": 1.0,
     "yarn_attn_factor": 1.0,
     "yarn_ext_factor": 1.0,
     "yarn_log_multiplier": 0.0,
@@ -261,6 +260,8 @@ def _rope(fields: Fields) -> dict[str, Any]:
     """
     theta = float(fields.get("rope.freq_base", 10000.0))
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if (value := fields.get("rope.scaling.attn_factor", 1.0)) != 1.0:
+        raise ValueError(f"rope.scaling.attn_factor = {value}")
     kind = fields.get("rope.scaling.type", "linear")
     factor = _number(fields.get("rope.scaling.factor") or fields.get("rope.scale_linear") or 1.0)
     if kind == "none" or factor == 1.0:
@@ -270,7 +271,8 @@ def _rope(fields: Fields) -> dict[str, Any]:
     rope |= {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         length = "original_max_position_embeddings"
-        rope[length] = int(fields["rope.scaling.original_context_length"])
+        longest = fields["context_length"]
+        rope[length] = int(fields.get("rope.scaling.original_context_length", longest))
         for name in ("beta_fast", "beta_slow"):
             if (value := fields.get(f"rope.scaling.yarn_{name}")) is not None:
                 rope[name] = _number(value)
@@ -306,6 +308,8 @@ def _llama3_rope(fields: Fields, tensors: Tensors) -> dict[str, Any]:
     """Find Llama 3's rotary settings from the factors that follow from them."""
     if ROPE_FACTORS not in tensors:
         return {}
+    if "factor" in _rope(fields):
+        raise ValueError(f"{ROPE_FACTORS} beside a factor for all frequencies")
     factors = np.asarray(tensors[ROPE_FACTORS].data, np.float64).ravel()
     rope: dict[str, Any] = {
         "rope_type": "llama3",
@@ -324,19 +328,28 @@ def _llama3_rope(fields: Fields, tensors: Tensors) -> dict[str, Any]:
 
 
 def _gemma3_settings(fields: Fields, tensors: Tensors) -> dict[str, Any]:
-    """Five layers with a window are followed by one without, whose rotary base is another."""
+    """Find which layers have a window: five are followed by one without, whose rotary base differs.
+
+    Without a window in the file, no layer has one.
+    """
     full = _rope(fields)
     local = {"rope_type": "default", "rope_theta": float(fields.get("rope.freq_base_swa", 10000.0))}
     layers, heads = int(fields["block_count"]), int(fields["attention.head_count"])
     # The largest model alone scales its scores by a width that is not its heads' width.
     scaled = int(fields["embedding_length"]) // heads if layers == 62 else None
+    window, pattern = fields.get("attention.sliding_window"), 1
+    if window is not None:
+        pattern = int(fields.get("attention.sliding_window_pattern", 6))
+    cap = fields.get("final_logit_softcapping")
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": scaled or int(fields["attention.key_length"]),
-        "sliding_window": int(fields["attention.sliding_window"]),
-        "sliding_window_pattern": 6,
+        **({} if cap is None else {"final_logit_softcapping": _number(cap)}),
+        "sliding_window": int(window or fields["context_length"]),
+        "sliding_window_pattern": pattern,
         "layer_types": [
-            "full_attention" if n % 6 == 5 else "sliding_attention" for n in range(layers)
+            "full_attention" if n % pattern == pattern - 1 else "sliding_attention"
+            for n in range(layers)
         ],
         "rope_local_base_freq": local["rope_theta"],
         "rope_parameters": {"full_attention": full, "sliding_attention": local},

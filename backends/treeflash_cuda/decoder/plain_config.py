@@ -85,7 +85,7 @@ def plain_config(settings: Mapping[str, Any]) -> PlainConfig | None:
         and not settings.get("use_sliding_window")
         and _is_size(settings.get("sliding_window") or 1)
         and settings.get("layer_types") in (None, whole)
-        and _are_flags(settings.get("no_rope_layers") or [])
+        and _are_flags(settings.get("no_rope_layers", []))
         and rope is not None
         and dtype in (None, *DTYPES)
         and isinstance(settings.get("quantization_config") or {}, Mapping)

@@ -76,8 +76,10 @@ def test_settings_are_found_wherever_a_file_has_them(config, expected):
 def test_original_length_defaults_to_the_models():
     scaling = {"rope_type": "yarn", "factor": 4.0}
     config = {"rope_theta": 1e6, "rope_scaling": scaling, "max_position_embeddings": 32768}
-    found, _ = inverse_frequencies(rope_parameters(config), 16)
-    np.testing.assert_allclose(found, CASES["yarn"]["inv_freq"], rtol=1e-6)
+    stretched = {"max_position_embeddings": 131072, "original_max_position_embeddings": 32768}
+    for settings in (config, config | stretched):
+        found, _ = inverse_frequencies(rope_parameters(settings), 16)
+        np.testing.assert_allclose(found, CASES["yarn"]["inv_freq"], rtol=1e-6)
 
 
 LACKS = [("linear", "factor"), ("llama3", "low_freq_factor"), ("llama3", "high_freq_factor")]

@@ -90,12 +90,21 @@ def test_other_and_damaged_gguf_files_are_refused(tmp_path):
         convert_gguf(tmp_path / "junk.gguf", tmp_path)
 
 
+def with_factors(writer):
+    """Factors of frequencies, and one for all of them."""
+    scaling("linear")(writer)
+    writer.add_tensor("rope_freqs.weight", np.ones(4, "f"))
+
+
 @pytest.mark.parametrize(
     ("entry", "parts"),
     [
         ("a mixture of experts", {"add": lambda writer: writer.add_expert_count(8)}),
         ("rope.scaling.type = 'longrope'", {"add": scaling("longrope")}),
         ("rope.scaling.yarn_ext_factor = 0.5", {"add": scaling("yarn", yarn_ext_factor=0.5)}),
+        ("rope.scaling.attn_factor = 1.25", {"add": scaling("linear", attn_factor=1.25)}),
+        ("rope.scaling.attn_factor = 1.25", {"add": scaling("none", attn_factor=1.25)}),
+        ("rope_freqs.weight beside a factor for all frequencies", {"add": with_factors}),
         (
             "rope_freqs.weight of no known rotary settings",
             {"add": lambda writer: writer.add_tensor("rope_freqs.weight", np.arange(1, 5, 1, "f"))},

@@ -196,6 +196,25 @@ def test_a_converted_model_is_the_written_one(name, tmp_path):
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize(
+    ("more", "kinds"),
+    [
+        ({}, "fffffffffffff"),
+        ({"attention.sliding_window": 8}, "sssssfsssssfs"),
+        ({"attention.sliding_window": 8, "attention.sliding_window_pattern": 3}, "ssfssfssfssfs"),
+    ],
+    ids=["none", "as in most files", "pattern"],
+)
+def test_windows_of_gemma3(more, kinds):
+    sizes = {"attention.head_count": 2, "attention.key_length": 32, "embedding_length": 64}
+    fields = {**sizes, "block_count": 13, "context_length": 99, "final_logit_softcapping": 30.0}
+    settings = ARCHITECTURES["gemma3"].settings(fields | more, {})
+    assert "".join(kind[0] for kind in settings["layer_types"]) == kinds
+    assert settings["sliding_window"] == (8 if more else 99)
+    assert settings["final_logit_softcapping"] == 30
+    transformers.Gemma3TextConfig(**settings, num_hidden_layers=13)
+
+
 def test_a_factor_of_no_scaling_stretches_nothing(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", add=scaling("none"))
     convert_gguf(tmp_path / "tiny.gguf", tmp_path)
