@@ -225,7 +225,8 @@ class Parser(argparse.ArgumentParser):
             "--config",
             type=Path,
             metavar="FILE.toml",
-            help="read options from a TOML file; options on the command line take precedence",
+            help="read options from a TOML file; options on the command line take precedence, and "
+            "those that may be repeated are added",
         )
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:

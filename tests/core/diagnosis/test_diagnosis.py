@@ -164,6 +164,25 @@ def test_a_pair_with_one_fault(problems, made_for, check, says):
     assert found.keys() == {check, "depths"} if "late" in made_for else {check}
 
 
+@pytest.mark.parametrize(
+    ("texts", "deeper", "problem"),
+    [
+        ([0, 1, 2, 3] * 5, 0.0, True),
+        ([0, 1] * 10, 0.0, False),  # too few texts to tell
+        ([0, 1, 2, 3] * 5, 0.2, False),  # what comes later is no end
+    ],
+)
+def test_a_collapse_is_told_by_several_texts_and_at_all_later_depths(texts, deeper, problem):
+    hits = np.zeros((20, 4))
+    hits[:, 0] = 1
+    hits[: round(20 * deeper), 3] = 1
+    scores = diagnosis.TokenScores(log_probs=np.where(hits > 0, -0.1, -9.0), hits=hits)
+    found = diagnosis.check_depths(
+        diagnosis.DrafterScores(scores, scores, scores, texts=np.array(texts))
+    )
+    assert found.ok != problem
+
+
 @pytest.fixture
 def sliding(folder, tmp_path):
     """The folder of a drafter whose first layer has a window."""
