@@ -42,6 +42,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DogeConfig
 from transformers.models.starcoder2 import modeling_starcoder2
 from transformers.utils import logging as transformers_logging
+from treeflash_cuda import exact
 from treeflash_cuda.backend import load
 from treeflash_cuda.cpu import low_bit_loading
 from treeflash_cuda.hf import model_target
@@ -95,6 +96,8 @@ def test_layers_attend_to_keys_that_they_share_or_change(
         (alone,) = backend.verifier.logits([(state, tree)]).logits
         np.testing.assert_allclose(found[3], expected, atol=1e-4 * expected.std())
         np.testing.assert_allclose(alone[3], expected, atol=1e-4 * expected.std())
+    # PyTorch has another kernel for fewer than 4,096 multiplications, as only a tiny model has.
+    stand_in(monkeypatch, exact, CANCELLED_WEIGHTS=0)
     half = load(tmp_path, None, LoadConfig(device="cpu", dtype="bfloat16"))
     reason = "does not attend to the keys that it stores" if reads_cache else "change what they"
     assert reason in half.inexact
