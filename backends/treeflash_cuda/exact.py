@@ -157,7 +157,8 @@ def _most_equal_rows(
     shows. Where the sum of the terms is zero, nothing but these bits is left. `sizes` are for
     `_BoundedProduct`.
     """
-    counts = [n for n in (*CHECKED_ROWS, *MORE_CHECKED_ROWS) if n <= check()]
+    most = check()
+    counts = [n for n in (*CHECKED_ROWS, *MORE_CHECKED_ROWS) if n <= most]
     random, half = torch.Generator().manual_seed(0), shape[1] // 2
     order = torch.randperm(half, generator=random)
     weight = torch.randn(shape[0], half, generator=random).to(dtype)
@@ -307,7 +308,10 @@ def _equal_rows(
 def _equal_results(
     product: Callable[[Tensor], Tensor], x: Tensor, counts: Sequence[int], least: int
 ) -> int:
-    """Do what `_equal_rows` does, with the rows of (1, n, width)."""
+    """Return the largest of `counts` up to which the first rows of (1, n, width) have equal bits.
+
+    Raises what `_equal_rows` does.
+    """
     previous = product(x[:, : counts[0]])
     for rows in counts[1:]:
         result, equal = product(x[:, :rows]), previous.shape[1]

@@ -145,7 +145,7 @@ class MlxBackend(BaseBackend):
             facts=device_facts(),
             available_bytes=available_bytes(),
             weights_bytes=(weights := self.weights_bytes),
-            others_bytes=max(MEMORY.nbytes - weights, 0),
+            others_bytes=max(MEMORY.models_nbytes - weights, 0),
             batches=self.target.batches,
             kernels=metal_kernels.VERDICTS,
             messages=metal_kernels.MESSAGES,

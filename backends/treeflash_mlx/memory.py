@@ -45,8 +45,8 @@ class SharedMemory:
 
     def add_sequence(self, sequence: object, nbytes: int) -> None:
         """Count the bytes that a sequence may take; raises what `check` does."""
-        self.check(nbytes)
         with self._lock:
+            self._check(nbytes)
             self._sequences[sequence] = nbytes
 
     def drop_sequence(self, sequence: object) -> None:
@@ -58,10 +58,14 @@ class SharedMemory:
 
         A MemoryShortError is raised if they would not be free without other sequences either.
         """
+        with self._lock:
+            self._check(nbytes)
+
+    def _check(self, nbytes: int) -> None:
         if (limit := self.limit()) is None:
             return
         # Models that leave nothing were loaded with `force`.
-        left = limit - self.models_nbytes
+        left = limit - sum(self._models.values())
         if left <= 0:
             return
         if nbytes > left:
@@ -70,7 +74,7 @@ class SharedMemory:
                 f"leave {left / GIB:.2f} GiB of the GPU's memory; shorten the prompt, lower "
                 "max_tokens, or use a smaller model"
             )
-        if nbytes > limit - self.nbytes:
+        if nbytes > left - sum(self._sequences.values()):
             raise MemoryInUseError(
                 f"the {left / GIB:.2f} GiB that the models leave have no room for another "
                 f"{nbytes / GIB:.2f} GiB until a sequence ends; decode fewer or shorter texts at "

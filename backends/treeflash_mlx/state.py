@@ -43,22 +43,29 @@ class State(BaseState[KVCache, RecurrentStates]):
     """
 
     def __init__(
-        self, kv_cache: KVCache, drafter: KVCache | None, size: Callable[[int], int]
+        self,
+        kv_cache: KVCache,
+        drafter: KVCache | None,
+        size: Callable[[int], int],
+        nbytes: int | None = None,
     ) -> None:
-        """Take the memory of the sequence; raises what `SharedMemory.check` does."""
+        """Take the memory of the sequence, or `nbytes`; raises what `SharedMemory.check` does."""
         initial = kv_cache.initial_states() if kv_cache.state_counts else None
         super().__init__(kv_cache, drafter, initial)
         self.ahead: Ahead | None = None
         self.size = size
-        MEMORY.add_sequence(self, size(kv_cache.capacity))
+        MEMORY.add_sequence(self, size(kv_cache.capacity) if nbytes is None else nbytes)
 
     def copy(self, length: int, capacity: int, recurrent: RecurrentStates | None) -> State:
-        MEMORY.check(self.size(capacity))
+        nbytes = self.size(capacity)
+        if capacity == length:  # it has no more snapshots than this state
+            nbytes = min(nbytes, self.nbytes)
+        MEMORY.check(nbytes)
         drafter = None
         if self.drafter:
             block = self.drafter.capacity - self.kv_cache.capacity
             drafter = self.drafter.copy(length, capacity + block)
-        new = State(self.kv_cache.copy(length, capacity, recurrent), drafter, self.size)
+        new = State(self.kv_cache.copy(length, capacity, recurrent), drafter, self.size, nbytes)
         if self.drafter:
             new.context = [with_rows(x, mx.contiguous) for x in self.context_before(length)]
             mx.eval(new.context_arrays())

@@ -149,6 +149,12 @@ class Reordered(nn.Linear):
         return total.to(x.dtype)
 
 
+def test_products_of_one_shape_are_checked_once():
+    with torch.inference_mode(), recording(exact, "_equal_results") as checks:
+        bind(nn.Sequential(*(nn.Linear(16, 16, dtype=torch.bfloat16) for _ in range(3))))
+    assert len(checks) == 2  # as they are, and with terms that cancel
+
+
 @pytest.mark.parametrize("width", [16, 17])
 def test_another_order_is_seen_where_rounding_hides_it(width):
     """As with oneDNN on a processor with AMX, for some weights of the same shape."""

@@ -27,7 +27,7 @@ PAINT = {
     "properties": {
         "colour": {"$ref": "#/$defs/Colour"},
         "note": {"type": ["string", "null"]},
-        "coats": {"anyOf": [{"type": "integer"}, {"const": "none"}]},
+        "coats": {"anyOf": [{"type": "integer", "nullable": True}, {"const": "none"}]},
         "spots": {"allOf": [{"$ref": "#/$defs/Spots"}]},
     },
     "required": ["colour", "note"],
@@ -64,6 +64,7 @@ RIGHT = [
     (ONE | {"colour": "null", "note": "null"}, {"colour": None, "note": None}),
     (ONE | {"coats": "3"}, ONE | {"coats": 3}),
     (ONE | {"coats": "none"}, ONE | {"coats": "none"}),
+    (ONE | {"coats": "null"}, ONE | {"coats": None}),
     (ONE | {"spots": '[{"x": 1}, {"x": -2}]'}, ONE | {"spots": [{"x": 1}, {"x": -2}]}),
 ]
 WRONG = [
@@ -112,6 +113,7 @@ def test_other_arguments_are_free_where_the_schema_allows_them(server):
         "any": None,
         "all": {"type": "object"},
         "more": {"type": "object", "properties": {"a": True}, "additionalProperties": True},
+        "numbers": {"type": "object", "additionalProperties": {"type": "integer"}},
         "named": {"type": "object", "properties": {"a": True}, "required": ["b"]},
     }
     tools = [tool(name, schema) for name, schema in schemas.items()]
@@ -119,13 +121,17 @@ def test_other_arguments_are_free_where_the_schema_allows_them(server):
     for name in ("any", "all", "more"):
         assert answer.accepts(call(name))
         assert answer.accepts(call(name, a="x", c="y"))
+    assert answer.accepts(call("numbers", a="1", b="2"))
+    assert not answer.accepts(call("numbers", a="x"))
     assert answer.accepts(call("named", b="x"))
     assert answer.accepts(call("named", a="x", b="y"))
     for texts in ({}, {"a": "x"}, {"b": "x", "c": "y"}):
         assert not answer.accepts(call("named", **texts))
 
 
+TREE = {"children": {"type": "array", "items": {"$ref": "#"}}}
 UNENFORCED = [
+    {"type": "object", "properties": TREE},  # its values have schemas of their own
     *({"patternProperties": {"a": {}}}, {"allOf": [{}, {}]}, {"anyOf": [{}, {}]}),
     *({"type": "string"}, {"type": ["object"]}, {"properties": ["a"]}, {"required": "a"}),
 ]

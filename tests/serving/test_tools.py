@@ -10,8 +10,10 @@ from bodies import chat, ollama, responses, text
 from servers import serving, submitted
 from tool_models import CHAT_TEMPLATE, FIELDS, RESPONSE_TEMPLATE, tool_model
 
+from treeflash.decoding.sampling import unpack
 from treeflash.serving.call_grammar import call_grammar
 from treeflash.serving.message_parser import ResponseTemplate
+from treeflash.serving.response_templates import JSON_CALL
 from treeflash.serving.schemas import AllowedTools
 
 PATH = "/v1/chat/completions"
@@ -240,6 +242,43 @@ def test_a_chosen_tool_call_parser(tmp_path, name):
         check(call)
         assert reason == "tool_calls"
         assert running.chat(tools=TOOLS, max_tokens=3).status_code == 200
+
+
+NODE = {"type": "object", "properties": {"name": COLOUR, "parts": {"type": "array"}}}
+NODE["properties"]["parts"]["items"] = {"$ref": "#"}
+NESTED = {
+    "colour": {"type": "object", "properties": {"colour": {"$ref": "#/$defs/Colour"}}},
+    "node": NODE,
+}
+NESTED["colour"]["$defs"] = {"Colour": COLOUR}
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters"])
+@pytest.mark.parametrize("free", [False, True])
+def test_references_of_schemas_mean_the_arguments(compiler, tokenizer, free, key):
+    """Each function has a schema of its own, though all of a call is one object."""
+    form = {**FIELDS["tool_calls"]}
+    if key == "parameters":
+        form["transform"] = {"type": "function", "function": JSON_CALL}
+    template = ResponseTemplate(RESPONSE_TEMPLATE | {"fields": FIELDS | {"tool_calls": form}})
+    tools = [tool(name, schema, strict=True) for name, schema in NESTED.items()]
+    grammar = call_grammar(template, AllowedTools(tools, must_call=not free), free=free)
+
+    def accepts(name, arguments, space):
+        call = json.dumps({"name": name, key: arguments}, separators=(f",{space}", f":{space}"))
+        constraint, size = compiler.compile(grammar)(), tokenizer.size
+        for token in tokenizer.encode(f"<call>{call}</call>"):
+            if not unpack(constraint.allowed()[None], size)[0][token]:
+                return False
+            constraint.advance(token)
+        return True
+
+    for space in ("", " "):
+        assert accepts("colour", {"colour": "red"}, space)
+        assert accepts("node", {"name": "red", "parts": [{"name": "blue"}]}, space)
+        assert not accepts("colour", {"colour": "green"}, space)
+        assert not accepts("node", {"name": "red", "parts": [{"name": "green"}]}, space)
+        assert not accepts("paint", {}, space)
 
 
 @pytest.mark.parametrize("free", [False, True])

@@ -432,9 +432,9 @@ memory than is left beside keys and values."""
 
 
 def unread_parts(state: BaseState[Any, Any], most: int) -> Iterator[list[Any]]:
-    """Yield the context of all but the last `most` positions at most that a drafter has not read.
+    """Yield the unread context of a drafter, `most` positions at a time, but for the last part.
 
-    It comes `most` positions at a time, each of which count as read when the next is asked for.
+    A part counts as read when the next one is asked for.
     """
     assert state.drafter is not None
     while (end := state.drafter.length + most) < state.length:

@@ -400,7 +400,7 @@ class DeviceReport:
     facts: Mapping[str, str] = field(default_factory=dict)  # about the machine, by name
     available_bytes: int | None = None  # memory that models and states may take; None if unknown
     weights_bytes: int = 0  # memory that the loaded models take
-    others_bytes: int = 0  # memory that other models of the process and all sequences take
+    others_bytes: int = 0  # memory that other models of the process take
     reserved_bytes: int | None = None  # memory that is set aside for states; None if none is
     batches: bool = True  # whether sequences share forward passes
     # Whether each kernel of the backend is used, and why, by kernel and size. What is said of a

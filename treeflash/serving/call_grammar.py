@@ -27,7 +27,13 @@ from typing import Any
 from treeflash.serving.message_parser import ResponseTemplate
 from treeflash.serving.response_templates import JSON_CALL, SPACE_RUN
 from treeflash.serving.schemas import ANY_OBJECT, AllowedTools
-from treeflash.text.grammar import SPACE, Grammar, bound_white_space, escape_slashes
+from treeflash.text.grammar import (
+    JSON_SPACE,
+    SPACE,
+    Grammar,
+    bound_white_space,
+    escape_slashes,
+)
 from treeflash.text.json_schema import SchemaReader, chosen_values
 
 LOOKAHEAD = re.compile(r"\(\?=[^()]*\)$")
@@ -41,6 +47,7 @@ GAP = r"(?:(\\s\*|\\n\?))?"
 TAG = re.compile(rf"(?s)(.*)\(\?P<key>([^()]*)\)(.*?){GAP}\(\?P<value>\.\*\?\){GAP}(.*)")
 """A pattern of tags: what begins one, the pattern of names, and what is before and after a value,
 each with the white space that is no part of the value."""
+BLANK = f"({JSON_SPACE})?"
 REST_OF_TEXT = "(?s:.*)"
 MOST_REPEATED = 2**22
 """Most characters of definitions in the grammars of all values, each of which has its schema's."""
@@ -71,23 +78,20 @@ def call_grammar(template: ResponseTemplate, tools: AllowedTools, *, free: bool)
     opening, *after_name = NAME_GROUP.split(opening, 1)
     if free and not opening:  # free text ends where a call begins, so that must be a certain text
         return None
-    schemas: dict[str, Any] = {}
-    for tool in tools.functions:
+    key = ARGUMENT_KEYS.get(str(call)) if _is_json(form) else None  # then all of it is JSON
+    calls = []
+    for i, tool in enumerate(tools.functions):
         called = tool["function"]
         enforced = called.get("parameters") if tools.must_call or called.get("strict") else None
-        schemas[called["name"]] = enforced or ANY_OBJECT
-    if _is_json(form) and (key := ARGUMENT_KEYS.get(str(call))) is not None:  # all of it is JSON
-        one_of = {"anyOf": [_call_schema(name, schema, key) for name, schema in schemas.items()]}
-        whole = _json_arguments("arguments", one_of)
-        calls = [replace(whole, text=f"/{SPACE}/ {whole.text}")] if opening else [whole]
-    else:
-        calls = []
-        for i, (name, schema) in enumerate(schemas.items()):
-            arguments = _arguments(form, f"arguments_{i}", schema)
-            if arguments is None or not after_name:
-                return None
-            named = f"/{escape_slashes(re.escape(name) + after_name[0])}/ /{SPACE}/"
-            calls.append(replace(arguments, text=f"{named} {arguments.text}"))
+        arguments = _arguments(form, f"arguments_{i}", enforced or ANY_OBJECT)
+        if arguments is None or not (key or after_name):
+            return None
+        before, after = re.escape(called["name"]) + "".join(after_name), ""
+        if key is not None:
+            before = (SPACE if opening else "") + _before_arguments(called["name"], key)
+            after = f" /{BLANK}\\}}/"
+        text = f"/{escape_slashes(before)}/ /{SPACE}/ {arguments.text}{after}"
+        calls.append(replace(arguments, text=text))
     if sum(call.repeated for call in calls) > MOST_REPEATED:
         return None
     return _grammar_of_calls(opening, calls, close, free=free, parallel=tools.parallel)
@@ -164,8 +168,8 @@ class Tags:
         None if their schema says more than which properties an object has, or is invalid.
         """
         writer = _Writer(self, name, SchemaReader(schema))
-        root, *more = writer.reader.alternatives(schema)
-        if more or root.keys() & {"allOf", "patternProperties"}:
+        root, *others = writer.reader.alternatives(schema)
+        if others or root.keys() & {"allOf", "patternProperties"}:
             return None
         properties, required = root.get("properties") or {}, root.get("required") or []
         types = root.get("type", "object")
@@ -176,8 +180,10 @@ class Tags:
             writer.argument(key, value) + ("" if key in needed else "?")
             for key, value in (properties | (needed | properties)).items()
         ]
-        if root.get("additionalProperties", "properties" not in root) is not False:
-            parts.append(writer.any_argument() + "*")
+        if (more := root.get("additionalProperties", "properties" not in root)) is not False:
+            parts.append(writer.any_argument(more) + "*")
+        if not all(map(is_definition, references([writer.entries, writer.definitions]))):
+            return None  # the schema of a value is no part of the whole one any more
         repeated = len(json.dumps(writer.definitions)) * len(writer.entries)
         return Arguments(" ".join(parts), writer.rules, writer.entries, repeated)
 
@@ -202,9 +208,9 @@ class _Writer:
         """Add the rule of a parameter; returns its name."""
         return self._add(re.escape(key), self._value(schema))
 
-    def any_argument(self) -> str:
-        """Add the rule of a parameter with any name and any value; returns its name."""
-        return self._add(self.tags.name, self._text())
+    def any_argument(self, schema: Any) -> str:
+        """Add the rule of a parameter with any name; returns its name."""
+        return self._add(self.tags.name, self._value(schema))
 
     def _add(self, key: str, value: str) -> str:
         rule = f"{self.name}_{len(self.rules)}"
@@ -218,10 +224,12 @@ class _Writer:
         for part in self.reader.alternatives(schema):
             if (values := chosen_values(part)) is not None:
                 texts += [x if isinstance(x, str) else json.dumps(x) for x in values]
-            elif "string" in (self.reader.types(part) or ["string"]):
+            elif "type" not in part or "string" in self.reader.types(part):
                 return self._text()
             else:
                 others.append(part)
+            if part.get("nullable") is True:
+                texts.append("null")
         choices, end = [], escape_slashes(self.tags.end)
         if texts:
             pattern = escape_slashes("|".join(map(re.escape, texts)))
@@ -240,6 +248,15 @@ class _Writer:
         return rule
 
 
+def references(schema: Any) -> list[str]:
+    """List what a schema refers to."""
+    return re.findall(r'"\$ref": "([^"]*)"', json.dumps(schema))
+
+
+def is_definition(reference: str) -> bool:
+    return reference.startswith(("#/$defs/", "#/definitions/"))
+
+
 def _pattern(form: Mapping[str, Any], end: str) -> str | None:
     """Return the regular expression of the beginning or the end of a call."""
     if f"{end}_pattern" in form:
@@ -252,7 +269,7 @@ def _pattern(form: Mapping[str, Any], end: str) -> str | None:
     return None if literal is None else re.escape(literal)
 
 
-def _call_schema(name: str, schema: Mapping[str, Any], key: str) -> dict[str, Any]:
-    properties = {"name": {"const": name}, key: schema}
-    call = {"type": "object", "properties": properties, "required": list(properties)}
-    return {**call, "additionalProperties": False}
+def _before_arguments(name: str, key: str) -> str:
+    """Return the pattern of a call in JSON up to its arguments, whose name in it is `key`."""
+    tokens = "{", '"name"', ":", json.dumps(name), ",", json.dumps(key), ":"
+    return BLANK.join(map(re.escape, tokens))

@@ -129,7 +129,7 @@ class MessageForm:
     prompt: str
     """The prompt with special tokens, which may contain the beginning of the message."""
     tools: Sequence[Mapping[str, Any]] = ()
-    """Functions in OpenAI's form, of whose parameters each has its types."""
+    """Functions in OpenAI's form, with the types of their parameters alone."""
     calls_only: bool = False
     """Whether a grammar makes the message consist of calls; the last one may be cut off."""
 

@@ -99,6 +99,8 @@ class AsyncStream(AsyncIterator[Chunk]):
             if self._assembler is None:
                 # Long prompts and grammars take a while.
                 self._assembler = await asyncio.to_thread(self._prepare)
+                if self._ended:  # meanwhile, by another task
+                    raise StopAsyncIteration
             if self._mailbox is None:
                 self._mailbox = self._decoder.submit(self._assembler.request())
             step = await self._mailbox.get()

@@ -189,6 +189,7 @@ class SchemaReader:
                 values = chosen_values(part) or ()
                 types = [NAMES_OF_TYPES.get(type(x), "string") for x in values[:MOST_PARTS]]
             found += types[:MOST_PARTS] if isinstance(types, list) else [types]
+            found += ["null"] if part.get("nullable") is True else []
         return list(dict.fromkeys(x for x in found if isinstance(x, str)))
 
     def _parts(self, part: dict[str, Any]) -> Iterator[Any]:

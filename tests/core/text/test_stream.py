@@ -341,9 +341,10 @@ async def collect(stream):
     return [chunk async for chunk in stream]
 
 
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("passes", [0, 2])
-def test_all_tasks_that_read_a_stream_end_with_it(model, gate, passes):
-    """Also before its first chunk, and where no chunk follows."""
+def test_all_tasks_that_read_a_stream_end_with_it(model, gate, passes, prepared):
+    """Also before its prompt is read, before its first chunk, and where no chunk follows."""
 
     async def run():
         stream = model.astream("hi", **FOREVER)
@@ -351,7 +352,8 @@ def test_all_tasks_that_read_a_stream_end_with_it(model, gate, passes):
             gate.allow(passes)
             await anext(stream)
         readers = [asyncio.ensure_future(collect(stream)) for _ in range(2)]
-        while stream._mailbox is None:
+        await asyncio.sleep(0)
+        while prepared and stream._mailbox is None:
             await asyncio.sleep(0.002)
         await stream.aclose()
         found = await asyncio.wait_for(asyncio.gather(*readers), 30)
